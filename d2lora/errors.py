@@ -1,0 +1,251 @@
+"""Every error a caller can cause or must be told about.
+
+    D2LoraError
+    ├── RequestInvalid              422  a request that cannot be understood or kept
+    │   ├── ObjectiveUnavailable    422  the rows do not carry what the objective needs
+    │   └── IdempotencyMismatch     422  the key was used before, with another body
+    ├── Unauthorized                401  no key, or a wrong one
+    ├── NotFound                    404  no such resource (for this tenant)
+    ├── Conflict                    409  the resource's state forbids the move
+    ├── RequestTooLarge             413  the body is over the limit
+    ├── DatasetInvalid              422  rows at fault, named by number
+    │   ├── DatasetEmpty            422
+    │   ├── DatasetEncodingInvalid  422  not UTF-8
+    │   ├── DatasetSyntaxInvalid    422  not JSON, CSV or Parquet where it should be
+    │   ├── SchemaUnknown           422  no known set of columns
+    │   ├── SchemaMixed             422  two kinds of rows in one dataset
+    │   ├── CompletionEmpty         422  nothing to learn from in a row
+    │   ├── ChosenEqualsRejected    422  a preference that prefers nothing
+    │   └── RowsTooLong             422  no row fits ``max_length``
+    ├── ModelError                  422  the base model cannot be used
+    │   ├── ModelNotFound           422
+    │   ├── ModelNotAllowed         422  not on this service's list
+    │   ├── WeightsUnsafe           422  only pickle weights
+    │   ├── ModelUnsupported        422  an architecture or head that would give a wrong adapter
+    │   └── TargetInvalid           422  target_modules
+    │       ├── TargetsMissing      422  nothing matches
+    │       ├── TargetUnsupported   422  a match that cannot carry LoRA correctly
+    │       └── RankTooLarge        422  r above min(in_features, out_features)
+    └── JobError                    500  the job itself failed
+        ├── NumericalFailure        500  a NaN or an infinity, with the layer
+        ├── OutOfMemory             500  one row alone does not fit
+        ├── StorageFull             507
+        ├── StorageUnavailable      503  (retried)
+        ├── ChecksumMismatch        500  bytes read are not the bytes written
+        ├── WorkerLost              500  the worker died too often on this job
+        └── InternalError           500  everything else; details stay in the log
+
+The class decides the public code and whether another attempt makes sense. A message names the value at fault
+and the remedy, and never quotes a data row. Constructors keep their arguments, so that errors can be pickled.
+"""
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ProblemItem(BaseModel):
+    """One fault inside a request: where it is and what is wrong there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    detail: str
+    pointer: str | None = None
+    """JSON pointer into the request body, such as ``#/lora/r``."""
+    row: int | None = None
+    """Number of the dataset row, counted from 1."""
+    field: str | None = None
+    """Column of that row."""
+
+
+class Problem(BaseModel):
+    """An error as it crosses HTTP and as it is stored with a failed job (RFC 9457)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str
+    """Stable and machine-readable; scripts switch on this."""
+    retryable: bool = False
+    """Whether the same request may succeed later without being changed."""
+    errors: list[ProblemItem] = []
+    request_id: str | None = None
+
+
+class D2LoraError(Exception):
+    """Root of the tree; see the drawing at the top of this file."""
+
+    code: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, detail: str, *, errors: list[ProblemItem] | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = errors or []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.detail, self.errors)
+
+    def problem(self, *, request_id: str | None = None) -> Problem:
+        """Return the RFC 9457 object for this error."""
+        return Problem(
+            title=self.title,
+            status=self.status,
+            detail=self.detail,
+            code=self.code,
+            retryable=self.retryable,
+            errors=self.errors,
+            request_id=request_id,
+        )
+
+
+def _rebuild(cls: type[D2LoraError], detail: str, errors: list[ProblemItem]) -> D2LoraError:
+    error = cls.__new__(cls)
+    D2LoraError.__init__(error, detail, errors=errors)
+    return error
+
+
+class RequestInvalid(D2LoraError):
+    code, status, title = "request_invalid", 422, "The request is not valid"
+
+
+class ObjectiveUnavailable(RequestInvalid):
+    code, title = "objective_unavailable", "The rows do not allow this objective"
+
+
+class IdempotencyMismatch(RequestInvalid):
+    code, title = "idempotency_mismatch", "The idempotency key was used with another request"
+
+
+class Unauthorized(D2LoraError):
+    code, status, title = "unauthorized", 401, "A valid API key is needed"
+
+
+class NotFound(D2LoraError):
+    code, status, title = "not_found", 404, "Not found"
+
+
+class Conflict(D2LoraError):
+    code, status, title = "conflict", 409, "The resource's state does not allow this"
+
+
+class RequestTooLarge(D2LoraError):
+    code, status, title = "request_too_large", 413, "The request is too large"
+
+
+class DatasetInvalid(D2LoraError):
+    """A dataset that cannot be used; ``row`` counts from 1, ``field`` is the column at fault."""
+
+    code, status, title = "dataset_invalid", 422, "The dataset is not valid"
+
+    def __init__(self, problem: str, *, row: int | None = None, field: str | None = None) -> None:
+        place = "".join([f"row {row}: " if row is not None else "", f"field {field!r}: " if field is not None else ""])
+        super().__init__(
+            place + problem,
+            errors=[ProblemItem(detail=problem, row=row, field=field)] if row is not None or field is not None else [],
+        )
+
+
+class DatasetEmpty(DatasetInvalid):
+    code, title = "dataset_empty", "The dataset has no rows"
+
+
+class DatasetEncodingInvalid(DatasetInvalid):
+    code, title = "dataset_encoding_invalid", "The dataset is not UTF-8"
+
+
+class DatasetSyntaxInvalid(DatasetInvalid):
+    code, title = "dataset_syntax_invalid", "The dataset cannot be parsed"
+
+
+class SchemaUnknown(DatasetInvalid):
+    code, title = "schema_unknown", "The rows have no known set of columns"
+
+
+class SchemaMixed(DatasetInvalid):
+    code, title = "schema_mixed", "The rows are of more than one kind"
+
+
+class CompletionEmpty(DatasetInvalid):
+    code, title = "completion_empty", "A completion is empty"
+
+
+class ChosenEqualsRejected(DatasetInvalid):
+    code, title = "chosen_equals_rejected", "Chosen and rejected are equal"
+
+
+class RowsTooLong(DatasetInvalid):
+    code, title = "rows_too_long", "No row fits max_length"
+
+
+class ModelError(D2LoraError):
+    code, status, title = "model_error", 422, "The base model cannot be used"
+
+
+class ModelNotFound(ModelError):
+    code, title = "model_not_found", "The base model was not found"
+
+
+class ModelNotAllowed(ModelError):
+    code, title = "model_not_allowed", "The base model is not on this service's list"
+
+
+class WeightsUnsafe(ModelError):
+    code, title = "weights_unsafe", "The base model has only pickle weights"
+
+
+class ModelUnsupported(ModelError):
+    code, title = "model_unsupported", "The base model's architecture is not supported"
+
+
+class TargetInvalid(ModelError):
+    code, title = "target_invalid", "target_modules cannot be used"
+
+
+class TargetsMissing(TargetInvalid):
+    code, title = "targets_missing", "No module matches target_modules"
+
+
+class TargetUnsupported(TargetInvalid):
+    code, title = "target_unsupported", "A target module cannot carry LoRA correctly"
+
+
+class RankTooLarge(TargetInvalid):
+    code, title = "rank_too_large", "The rank is above a target's smaller side"
+
+
+class JobError(D2LoraError):
+    code, title = "job_error", "The job failed"
+
+
+class NumericalFailure(JobError):
+    code, title = "numerical_failure", "A number is not finite"
+
+
+class OutOfMemory(JobError):
+    code, title = "out_of_memory", "A single row does not fit into memory"
+
+
+class StorageFull(JobError):
+    code, status, title = "storage_full", 507, "The storage is full"
+
+
+class StorageUnavailable(JobError):
+    code, status, title, retryable = "storage_unavailable", 503, "The storage cannot be reached", True
+
+
+class ChecksumMismatch(JobError):
+    code, title = "checksum_mismatch", "The bytes do not match their checksum"
+
+
+class WorkerLost(JobError):
+    code, title = "worker_lost", "The worker died too often on this job"
+
+
+class InternalError(JobError):
+    code, title = "internal_error", "An internal error"

@@ -1,0 +1,268 @@
+"""An initialization: what is asked for, what state it is in, and what came out.
+
+Names inside ``lora`` are PEFT's, names of objectives and rows are TRL's.
+"""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from d2lora.errors import Problem
+
+
+class Frozen(BaseModel):
+    """Base of everything that crosses a process: immutable, and a misspelt field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Sft(Frozen):
+    """Mean negative log-probability over completion tokens, as TRL's SFTTrainer."""
+
+    type: Literal["sft"] = "sft"
+
+
+class Dpo(Frozen):
+    """Sigmoid DPO with the base model as its reference (arXiv:2305.18290, eq. 7)."""
+
+    type: Literal["dpo"] = "dpo"
+    beta: float = Field(default=0.1, gt=0)
+
+
+class Orpo(Frozen):
+    """Negative log-likelihood plus ``beta`` times the odds-ratio loss (arXiv:2403.07691, eq. 6)."""
+
+    type: Literal["orpo"] = "orpo"
+    beta: float = Field(default=0.1, gt=0, description="lambda of the paper, named as in TRL")
+    nll: Literal["completion", "full_sequence"] = Field(
+        default="completion", description="which tokens of the chosen sequence the likelihood term covers; TRL's is full_sequence"
+    )
+
+
+Objective = Annotated[Sft | Dpo | Orpo, Field(discriminator="type")]
+
+
+class Mgda(Frozen):
+    """The min-norm point of the normalized gradients' convex hull."""
+
+    type: Literal["mgda"] = "mgda"
+
+
+class UpGrad(Frozen):
+    """Each gradient projected onto the dual cone of all, then averaged (arXiv:2406.16232)."""
+
+    type: Literal["upgrad"] = "upgrad"
+
+
+class ImtlG(Frozen):
+    """Equal projections onto every normalized gradient."""
+
+    type: Literal["imtl_g"] = "imtl_g"
+
+
+class Mean(Frozen):
+    """Equal weights on the normalized gradients."""
+
+    type: Literal["mean"] = "mean"
+
+
+class Fixed(Frozen):
+    """Weights of the normalized gradients, one per objective, in the order of ``objectives``."""
+
+    type: Literal["fixed"] = "fixed"
+    weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _some_weight_is_positive(self) -> "Fixed":
+        if not sum(self.weights) > 0:
+            raise ValueError("at least one weight must be positive")
+        return self
+
+
+Combination = Annotated[Mgda | UpGrad | ImtlG | Mean | Fixed, Field(discriminator="type")]
+
+
+class LoraSpec(Frozen):
+    """The adapter's shape, under PEFT's names."""
+
+    r: int = Field(default=16, ge=1, le=4096)
+    lora_alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="2 * r when omitted")
+    target_modules: str | list[Annotated[str, Field(min_length=1, max_length=512)]] = Field(
+        default="all-linear", description="'all-linear', a regular expression, or a list of module names, as in PEFT"
+    )
+    use_rslora: bool = False
+
+    @property
+    def alpha(self) -> float:
+        """``lora_alpha`` with its default filled in."""
+        return 2.0 * self.r if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def scaling(self) -> float:
+        """The factor ``s`` that PEFT applies to ``B A``: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+class InitializationSpec(Frozen):
+    """Everything that decides the adapter, except the base model's weights and the rows themselves."""
+
+    base_model: str = Field(min_length=1, max_length=1024, description="hub ID, or a local directory or .gguf file")
+    revision: str | None = Field(default=None, max_length=256, description="commit, tag or branch of a hub model")
+    dataset_id: str = Field(min_length=1, max_length=64)
+    eval_dataset_id: str | None = Field(
+        default=None, max_length=64, description="rows that only measure the delivered adapter"
+    )
+    method: Literal["gradient"] = "gradient"
+    objectives: list[Objective] | None = Field(
+        default=None, min_length=1, description="all that the rows allow when omitted"
+    )
+    combination: Combination = Mgda()
+    lora: LoraSpec = LoraSpec()
+    start: Literal["calibrated", "zero"] = "calibrated"
+    statistics: Literal["sketch", "exact"] = "sketch"
+    max_length: int = Field(default=1024, ge=2, description="tokens of prompt and completion together")
+    max_tokens_per_batch: int | None = Field(default=None, ge=1, description="the worker's setting when omitted")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    metadata: dict[str, str] = Field(default={}, max_length=16, description="kept and returned, never interpreted")
+
+    @model_validator(mode="after")
+    def _objectives_are_distinct(self) -> "InitializationSpec":
+        kinds = [objective.type for objective in self.objectives or []]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError("objectives: each type may appear once")
+        if isinstance(self.combination, Fixed) and len(self.combination.weights) != len(kinds):
+            raise ValueError("combination.weights: one weight per entry of objectives is needed")
+        return self
+
+
+class State(StrEnum):
+    """The states of an initialization; ``can_become`` holds the only legal moves."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    """Succeeded once; its files have been removed since."""
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the job has ended; a succeeded one may still expire."""
+        return self in {State.SUCCEEDED, State.FAILED, State.CANCELLED, State.EXPIRED}
+
+    def can_become(self, other: "State") -> bool:
+        """Whether the store may move from this state to ``other``."""
+        return other in _MOVES[self]
+
+
+_MOVES: dict[State, frozenset[State]] = {
+    State.QUEUED: frozenset({State.RUNNING, State.CANCELLED, State.FAILED}),
+    # Back to queued when a worker hands its work back, or to running under a new attempt once the lease is over.
+    State.RUNNING: frozenset({State.RUNNING, State.QUEUED, State.CANCELLING, State.SUCCEEDED, State.FAILED}),
+    # A worker that finished before it saw the wish to cancel has lost the race: the result is dropped.
+    State.CANCELLING: frozenset({State.CANCELLED}),
+    State.SUCCEEDED: frozenset({State.EXPIRED}),
+    State.FAILED: frozenset(),
+    State.CANCELLED: frozenset(),
+    State.EXPIRED: frozenset(),
+}
+
+
+class Phase(StrEnum):
+    """What a running initialization is doing; each is reported with rows done of rows in all."""
+
+    LOADING = "loading"
+    READING = "reading"
+    STATISTICS = "statistics"
+    FACTORS = "factors"
+    CALIBRATION = "calibration"
+    EVALUATION = "evaluation"
+    PUBLISHING = "publishing"
+
+
+class Progress(Frozen):
+    """How far a running initialization is."""
+
+    phase: Phase
+    done: int = Field(ge=0)
+    total: int = Field(ge=0)
+    seconds_left: float | None = Field(default=None, ge=0, description="of this phase, from its own rate so far")
+
+
+class ResultFile(Frozen):
+    """One file of a finished initialization."""
+
+    name: str
+    size: int = Field(ge=0, description="bytes")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class HeldOut(Frozen):
+    """One measured quantity on rows that the measured adapter has not seen, before and after."""
+
+    base: float
+    adapter: float
+    rows: int
+
+
+class ResultSummary(Frozen):
+    """The report in short: enough to decide whether to fetch the adapter."""
+
+    start: Literal["calibrated", "zero"] = Field(description="the start that was delivered")
+    start_reason: str = Field(description="why that start was delivered, in a sentence")
+    objectives: list[str]
+    weights: dict[str, float] = Field(description="of the normalized gradients, per objective")
+    cosines: dict[str, float] = Field(description="between gradients of two objectives, such as 'sft,dpo'")
+    held_out: dict[str, HeldOut] = Field(description="cross-validated objective values, per objective")
+    evaluation: dict[str, HeldOut] | None = Field(default=None, description="the delivered adapter on eval_dataset_id")
+    rows_used: int
+    rows_truncated: int
+    rows_dropped: int
+    fingerprint: str = Field(description="sha256 over all that decides the adapter")
+    warnings: list[str] = []
+
+
+class Result(Frozen):
+    """What a succeeded initialization leaves behind."""
+
+    files: list[ResultFile]
+    summary: ResultSummary
+
+
+class Initialization(Frozen):
+    """The resource that ``/v1/initializations`` serves."""
+
+    id: str
+    object: Literal["initialization"] = "initialization"
+    state: State
+    spec: InitializationSpec
+    attempt: int = Field(ge=0, description="how often a worker has claimed it")
+    progress: Progress | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    cancelling_at: datetime | None = None
+    succeeded_at: datetime | None = None
+    failed_at: datetime | None = None
+    cancelled_at: datetime | None = None
+    expired_at: datetime | None = None
+    error: Problem | None = None
+    result: Result | None = None
+
+
+class AdapterFile(ResultFile):
+    """A file of the adapter with an address to fetch it from."""
+
+    url: str
+    url_expires_at: datetime | None = None
+
+
+class Adapter(Frozen):
+    """Answer of ``/v1/initializations/{id}/adapter``."""
+
+    initialization_id: str
+    files: list[AdapterFile]

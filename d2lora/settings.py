@@ -1,0 +1,71 @@
+"""Settings from the environment: one frozen class per concern, read here and nowhere else.
+
+Every variable starts with ``D2LORA_`` and its concern, for instance ``D2LORA_WORKER_DEVICE=cuda``.
+``docs/operating.md`` lists them all; a test compares the two.
+"""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _prefix(concern: str) -> SettingsConfigDict:
+    return SettingsConfigDict(env_prefix=f"D2LORA_{concern}", frozen=True, extra="ignore")
+
+
+class DatabaseSettings(BaseSettings):
+    """Where the queue of record lives."""
+
+    model_config = _prefix("DATABASE_")
+
+    url: str = Field(default="sqlite:///.d2lora/d2lora.db", description="SQLAlchemy URL; SQLite or PostgreSQL")
+
+
+class StorageSettings(BaseSettings):
+    """Where datasets and adapters live."""
+
+    model_config = _prefix("STORAGE_")
+
+    root: Path = Field(default=Path(".d2lora/objects"), description="directory of the local object store")
+
+
+class ModelSettings(BaseSettings):
+    """Which base models a request may name."""
+
+    model_config = _prefix("MODELS_")
+
+    allowed: list[str] = Field(default=[], description="hub IDs; shell patterns such as 'HuggingFaceTB/*' are understood")
+    roots: list[Path] = Field(default=[], description="a local model must lie below one of these directories")
+
+
+class WorkerSettings(BaseSettings):
+    """How a worker claims and computes."""
+
+    model_config = _prefix("WORKER_")
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    max_tokens_per_batch: int = Field(default=8192, ge=1, description="padded tokens of one forward")
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute each layer in the backward: less memory, one more forward"
+    )
+    lease: timedelta = Field(default=timedelta(seconds=90), description="a claim not renewed for so long is free again")
+    heartbeat: timedelta = Field(default=timedelta(seconds=15), description="how often a claim is renewed")
+    poll: timedelta = Field(default=timedelta(seconds=0.5), description="pause between two looks for work when idle")
+    max_attempts: int = Field(default=3, ge=1, description="claims of one job before it fails as worker_lost")
+
+
+class ServiceSettings(BaseSettings):
+    """The HTTP front."""
+
+    model_config = _prefix("SERVICE_")
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    api_keys: dict[str, SecretStr] = Field(default={}, description="tenant -> API key; the service will not start without")
+    max_dataset_bytes: int = Field(default=256 * 2**20, ge=1)
+    max_dataset_rows: int = Field(default=1_000_000, ge=1)
+    max_row_bytes: int = Field(default=2**20, ge=1)
+    max_request_bytes: int = Field(default=2**20, ge=1, description="bodies other than datasets")
