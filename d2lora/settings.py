@@ -47,7 +47,9 @@ class WorkerSettings(BaseSettings):
     model_config = _prefix("WORKER_")
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    max_tokens_per_batch: int = Field(default=8192, ge=1, description="padded tokens of one forward")
+    max_tokens_per_batch: int | None = Field(
+        default=None, ge=1, description="padded tokens of one forward; 2048 on a CPU and 8192 elsewhere when unset"
+    )
     activation_checkpointing: bool = Field(
         default=False, description="recompute each layer in the backward: less memory, one more forward"
     )
@@ -55,6 +57,10 @@ class WorkerSettings(BaseSettings):
     heartbeat: timedelta = Field(default=timedelta(seconds=15), description="how often a claim is renewed")
     poll: timedelta = Field(default=timedelta(seconds=0.5), description="pause between two looks for work when idle")
     max_attempts: int = Field(default=3, ge=1, description="claims of one job before it fails as worker_lost")
+
+    def tokens_per_batch(self, device: str) -> int:
+        """Return the padded tokens of one forward on a device of this type."""
+        return self.max_tokens_per_batch or (2048 if device == "cpu" else 8192)
 
 
 class ServiceSettings(BaseSettings):

@@ -1,0 +1,195 @@
+"""How far to step: a forward-only line search on rows that the step was not made from (docs/method.md, section 4).
+
+Every fold's rows are scored under the direction of the other folds, so all rows take part and none sees itself.
+
+Shape legend
+    R  rows    J  objectives
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from d2lora.errors import NumericalFailure
+from d2lora.initializations import HeldOut, Objective, Sft
+
+from worker.combining import Mixture
+from worker.data import Batch
+from worker.factors import Direction, adapted, calibrated_step
+from worker.models import BaseModel
+from worker.objectives import Scores, needs_prompt, row_losses
+from worker.statistics import score
+
+EVALUATIONS = 5
+
+
+@dataclass(frozen=True)
+class Change:
+    """A mean over rows with its standard error."""
+
+    mean: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One step size and what it does to the held-out rows."""
+
+    eta: float
+    combined: Change
+    """Phi: weighted change of the objectives, each in units of its gradient's norm."""
+    objectives: dict[str, Change]
+    nll: Change
+    """Of the chosen completions, per token, whether SFT takes part or not."""
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether Phi falls by more than its standard error and no objective rises by more than its own."""
+        falls = self.combined.mean < -self.combined.error
+        return falls and all(change.mean <= change.error for change in self.objectives.values())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The trials in the order they were made, and the accepted one."""
+
+    trials: list[Trial]
+    accepted: Trial | None
+    reason: str
+
+
+def calibrate(
+    base: BaseModel,
+    targets: Mapping[str, nn.Module],
+    objectives: Sequence[Objective],
+    mixture: Mixture,
+    directions: Sequence[Direction],
+    folds: Sequence[Sequence[tuple[Batch, Scores]]],
+    *,
+    on_batch: Callable[[], None],
+) -> Calibration:
+    """Return the step size for these directions; ``directions[f]`` was made without the rows of ``folds[f]``.
+
+    ``folds`` hold batches with their scores under the base model. Nothing but forward passes is run.
+    """
+    reference = Scores.concatenate([scores for fold in folds for _, scores in fold])
+    scales = mixture.scales
+
+    def evaluate(eta: float) -> Trial:
+        stepped = []
+        try:
+            for direction, fold in zip(directions, folds, strict=True):
+                factors = calibrated_step(direction, eta=eta, scaling=1.0)
+                with adapted(targets, factors, scaling=1.0):
+                    for batch, _ in fold:
+                        stepped.append(score(base, batch, with_prompt=needs_prompt(objectives)))
+                        on_batch()
+        except NumericalFailure:  # the base model's own numbers are finite, so the step is too long
+            return failed_trial(eta, objectives)
+        return trial(eta, objectives, scales, reference, Scores.concatenate(stepped))
+
+    losses = [row_losses(objective, reference, reference).mean().item() for objective in objectives]
+    energy = sum(layer.kept for direction in directions for layer in direction.values()) / len(directions)
+    return line_search(evaluate, first_step(losses, scales, energy), evaluations=EVALUATIONS)
+
+
+def held_out(objectives: Sequence[Objective], base: Scores, accepted: Trial | None) -> dict[str, HeldOut]:
+    """Return every objective, and ``nll``, before and after the accepted step, or before twice if there is none."""
+    measured: dict[str, tuple[Objective, Change | None]] = {"nll": (Sft(), accepted.nll if accepted else None)}
+    for objective in objectives:
+        measured[objective.type] = (objective, accepted.objectives[objective.type] if accepted else None)
+    result = {}
+    for name, (objective, change) in measured.items():
+        before = row_losses(objective, base, base).mean().item()
+        after = before + (change.mean if change else 0.0)
+        result[name] = HeldOut(base=before, adapter=after, rows=len(base.chosen_logps))
+    return result
+
+
+def trial(
+    eta: float,
+    objectives: Sequence[Objective],
+    scales: Float[Tensor, " J"],
+    base: Scores,
+    stepped: Scores,
+) -> Trial:
+    """Return the change from ``base`` to ``stepped``, the same rows scored after a step of size eta.
+
+    ``scales`` are the weights of the un-normalized objectives, w_j / |G_j|.
+    """
+
+    def change(objective: Objective) -> Float[Tensor, " R"]:
+        return row_losses(objective, stepped, base) - row_losses(objective, base, base)
+
+    rows_JR = torch.stack([change(objective) for objective in objectives])
+    return Trial(
+        eta=eta,
+        combined=_change(scales.double() @ rows_JR),
+        objectives={one.type: _change(rows) for one, rows in zip(objectives, rows_JR, strict=True)},
+        nll=_change(change(Sft())),
+    )
+
+
+def failed_trial(eta: float, objectives: Sequence[Objective]) -> Trial:
+    """Return the trial of a step so large that log-probabilities are no longer finite."""
+    worst = Change(float("inf"), 0.0)
+    return Trial(eta, worst, {objective.type: worst for objective in objectives}, worst)
+
+
+def first_step(base_losses: Sequence[float], scales: Float[Tensor, " J"], energy: float) -> float:
+    """Return the step at which the gradient alone predicts that half of the combined loss is gone.
+
+    ``energy`` is the squared norm of the rank-r direction, the slope of Phi at 0.
+    """
+    total = sum(scale * loss for scale, loss in zip(scales.tolist(), base_losses, strict=True))
+    return 0.5 * total / energy
+
+
+def line_search(evaluate: Callable[[float], Trial], first: float, *, evaluations: int) -> Calibration:
+    """Return the best supported step: doubling or halving from ``first`` until bracketed, then one parabola in log eta."""
+    trials = [evaluate(first)]
+    while len(trials) < evaluations:
+        following = _next_step(trials)
+        if following is None:
+            break
+        trials.append(evaluate(following))
+    supported = [one for one in trials if one.is_supported]
+    if supported:
+        best = min(supported, key=lambda one: one.combined.mean)
+        return Calibration(trials, best, "the step lowers the held-out objective by more than its standard error")
+    best = min(trials, key=lambda one: one.combined.mean)
+    risen = [name for name, change in best.objectives.items() if change.mean > change.error]
+    if best.combined.mean < -best.combined.error and risen:
+        why = f"every step that lowers the combined objective raises {', '.join(risen)} on held-out rows"
+    else:
+        why = "no step lowers the held-out objective by more than its standard error"
+    return Calibration(trials, None, why)
+
+
+def _next_step(trials: Sequence[Trial]) -> float | None:
+    """Return the next eta to try, or None when the minimum is located."""
+    ordered = sorted(trials, key=lambda one: one.eta)
+    best = min(range(len(ordered)), key=lambda index: ordered[index].combined.mean)
+    if best == 0:
+        return ordered[0].eta / 2
+    if best == len(ordered) - 1:
+        return ordered[-1].eta * 2
+    left, middle, right = ordered[best - 1 : best + 2]
+    if right.eta / left.eta < 4:
+        return None  # the parabola's own point is in: closer steps differ by less than the rows can tell
+    if right.combined.mean == float("inf"):
+        return (middle.eta * right.eta) ** 0.5
+    # Vertex of the parabola through three points equally spaced in log eta (factor 2), as a power of two.
+    curvature = left.combined.mean - 2 * middle.combined.mean + right.combined.mean
+    if not curvature > 0:
+        return None  # flat: no step changes anything
+    shift = 0.5 * (left.combined.mean - right.combined.mean) / curvature
+    return middle.eta * 2.0**shift if abs(shift) > 0.1 else None
+
+
+def _change(rows: Float[Tensor, " R"]) -> Change:
+    error = rows.std().item() / len(rows) ** 0.5 if len(rows) > 1 else float("inf")
+    return Change(rows.mean().item(), error)

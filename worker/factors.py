@@ -1,0 +1,106 @@
+"""From the combined direction to LoRA factors (docs/method.md, section 4).
+
+Shape legend
+    O  out_features    I  in_features    N  LoRA rank r    F  folds    K  bases
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from worker.sketching import LayerStatistics, LowRank
+from worker.statistics import Statistics
+
+ROW_NORM = 3**-0.5
+"""Norm of a row of PEFT's default lora_A: uniform on +-1/sqrt(I), so a variance of 1/(3 I) per entry."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``lora_A`` and ``lora_B`` of one layer, as PEFT stores them."""
+
+    lora_A: Float[Tensor, "N I"]
+    lora_B: Float[Tensor, "O N"]
+
+
+Direction = Mapping[str, LowRank]
+"""The combined gradient of every layer, cut to rank r."""
+
+
+def factorize(
+    folds: Sequence[Statistics], coefficients: Float[Tensor, " K"], *, rank: int, leave_out: int | None = None
+) -> dict[str, LowRank]:
+    """Return the rank-r direction from all folds, or from all but one."""
+    used = [fold for index, fold in enumerate(folds) if index != leave_out]
+    return {name: _sum([fold.layers[name] for fold in used]).factorize(coefficients).cut(rank) for name in used[0].layers}
+
+
+def calibrated_step(direction: Direction, *, eta: float, scaling: float) -> dict[str, Factors]:
+    """Return factors with ``s B A = -eta * direction``: eq. 4 of docs/method.md, and eq. 5 for ``eta = 0``."""
+    return {
+        name: Factors(
+            lora_A=(ROW_NORM * layer.right).contiguous(),
+            lora_B=(-(eta / (scaling * ROW_NORM)) * layer.left * layer.values).contiguous(),
+        )
+        for name, layer in direction.items()
+    }
+
+
+@contextmanager
+def adapted(modules: Mapping[str, nn.Module], factors: Mapping[str, Factors], *, scaling: float) -> Iterator[None]:
+    """Add ``s B A x`` to the outputs of the layers while the block runs; the weights stay as they are."""
+
+    def hook_for(layer: Factors) -> Any:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inputs = arguments[0]
+            down = inputs @ layer.lora_A.to(inputs).mT
+            return output + (down @ (scaling * layer.lora_B).to(inputs).mT)
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(hook_for(layer)) for name, layer in factors.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Products:
+    """Inner products of gradients, summed over layers; every Gramian and norm that is asked for follows."""
+
+    folds: Float[Tensor, "F K F K"]
+    """Between the summed bases of two folds; bilinear, so a union of folds is a sum of blocks."""
+    rows: Float[Tensor, "K K"]
+    """Between a row's own gradients, summed over all rows."""
+
+
+def inner_products(folds: Sequence[Statistics], bases: int) -> Products:
+    """Return the inner products of all folds' bases."""
+    table = torch.zeros(len(folds), bases, len(folds), bases, dtype=torch.float64)
+    rows = torch.zeros(bases, bases, dtype=torch.float64)
+    for name in folds[0].layers:
+        parts = [fold.layers[name] for fold in folds]
+        for i, left in enumerate(parts):
+            rows += left.row_gramian.cpu()
+            for j, right in enumerate(parts[: i + 1]):
+                block = left.inner_products(right).cpu()  # type: ignore[arg-type]  # all folds of a job are of one kind
+                table[i, :, j, :] += block
+                if i != j:
+                    table[j, :, i, :] += block.T
+    return Products(table, rows)
+
+
+def _sum(parts: Sequence[LayerStatistics]) -> LayerStatistics:
+    """Return the statistics of all parts' rows together."""
+    first = parts[0]
+    tensors = [part.tensors() for part in parts]
+    summed = {name: torch.stack([one[name] for one in tensors]).sum(0) for name in tensors[0]}
+    return type(first).from_tensors(first.shape, getattr(first, "matrices", None), summed)  # type: ignore[arg-type]  # dense gradients have none
+

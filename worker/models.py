@@ -1,0 +1,236 @@
+"""Loading a base model, and what a pass over it needs to know: its decoder, its head, its target layers.
+
+Only safetensors and GGUF files are read, and no code that comes with a model is run.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from d2lora.errors import ModelNotFound, ModelUnsupported, WeightsUnsafe
+from d2lora.models import HubModel, LocalModel, locate
+
+from worker.logprobs import Head
+
+_HEAD_TOLERANCE = 2e-2
+"""Largest relative difference between our head and the model's own logits; bfloat16 rounds at 4e-3."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen model, ready for passes over it."""
+
+    name: str
+    """As the request wrote it; goes into ``adapter_config.json``."""
+    revision: str | None
+    """Commit of a hub model; None for local files."""
+    weights_sha256: str | None
+    """Over the weight files of a local model, in the order of their names; None for hub models."""
+    license: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.model.device
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def identity(self) -> str:
+        """What pins the weights: a commit, or a digest of the files."""
+        return self.revision or f"sha256:{self.weights_sha256}"
+
+    def hidden_states(self, input_ids: Int[Tensor, "S T"], attention_mask: Int[Tensor, "S T"]) -> Float[Tensor, "S T H"]:
+        """Return the decoder's last hidden states, which `head` turns into logits."""
+        output = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    @property
+    def head(self) -> Head:
+        """The function from hidden states to logits, with the model's own scaling and soft capping."""
+        config = self.model.config.get_text_config()
+        linear = self.model.get_output_embeddings()
+        multiplier = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        cap = getattr(config, "final_logit_softcapping", None)
+
+        def head(states: Tensor) -> Tensor:
+            logits: Tensor = linear(states)
+            if multiplier != 1.0:
+                logits = logits * multiplier
+            return logits if cap is None else cap * torch.tanh(logits / cap)
+
+        return head
+
+
+def load(base_model: str, *, revision: str | None, dtype: str, device: str) -> BaseModel:
+    """Return the model in evaluation mode, every weight frozen, on the device.
+
+    ``dtype="auto"`` means float32 on a CPU and the checkpoint's own type elsewhere.
+
+    Raises:
+        ModelNotFound: no such directory, file or hub ID.
+        WeightsUnsafe: only pickle weights exist.
+        ModelUnsupported: no causal language model, or a head whose logits we cannot reproduce.
+    """
+    place = locate(base_model)
+    target = torch.device(pick_device(device))
+    arguments: dict[str, Any] = {"trust_remote_code": False}
+    match place:
+        case HubModel(id=source):
+            arguments["revision"] = revision
+        case LocalModel(directory=directory, gguf_file=gguf_file):
+            source = str(directory)
+            if gguf_file is not None:
+                arguments["gguf_file"] = gguf_file
+    torch_dtype: Any = getattr(torch, dtype, "auto")
+    if dtype == "auto" and target.type == "cpu":
+        torch_dtype = torch.float32
+    with _translated_errors(base_model):
+        # A GGUF file holds its own configuration, which only the model's loader reads in full.
+        if "gguf_file" not in arguments:
+            _refuse_encoder_decoder(AutoConfig.from_pretrained(source, **arguments))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, use_safetensors=True, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+    model = model.to(target).eval().requires_grad_(False)  # noqa: FBT003
+    loaded = BaseModel(
+        name=base_model,
+        revision=getattr(model.config, "_commit_hash", None) if isinstance(place, HubModel) else None,
+        weights_sha256=_digest(place.weight_files) if isinstance(place, LocalModel) else None,
+        license=_license(place),
+        model=model,
+        tokenizer=tokenizer,
+    )
+    verify_head(loaded)
+    return loaded
+
+
+def pick_device(device: str) -> str:
+    """Return the device's name; ``auto`` takes CUDA, then Apple's MPS, then the CPU."""
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def layer_sizes(module: nn.Module) -> tuple[int, int]:
+    """Return (out_features, in_features) of a Linear or Conv1D layer, also when its weight is packed in 4 bits."""
+    if isinstance(module, Conv1D):
+        in_features, out_features = module.weight.shape
+        return out_features, in_features
+    assert isinstance(module, nn.Linear)
+    return module.out_features, module.in_features
+
+
+def weight_norm(module: nn.Module) -> float:
+    """Return the Frobenius norm of a layer's weight; 0 where it is packed and has none to tell."""
+    weight = getattr(module, "weight", None)
+    return weight.detach().float().norm().item() if isinstance(weight, Tensor) and weight.is_floating_point() else 0.0
+
+
+def verify_head(base: BaseModel) -> None:
+    """Check on a few tokens that decoder and head give the model's own logits.
+
+    Raises:
+        ModelUnsupported: they do not; log-probabilities, and so the adapter, would be wrong.
+    """
+    ids = torch.arange(1, 9, device=base.device)[None] % base.vocabulary
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        ours = base.head(base.hidden_states(ids, mask)).float()
+        theirs = base.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+    if not torch.isfinite(theirs).all():
+        return  # the pass itself reports where numbers stop being finite
+    if ours.shape != theirs.shape or (ours - theirs).abs().max() > _HEAD_TOLERANCE * theirs.abs().max():
+        raise ModelUnsupported(
+            f"base_model: {base.name!r} ({type(base.model).__name__}) turns hidden states into logits in a way this version does not know"
+        )
+
+
+def _refuse_encoder_decoder(config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelUnsupported(
+            f"base_model: {config.model_type!r} is an encoder-decoder; the objectives are defined for decoder-only models"
+        )
+
+
+@contextmanager
+def _translated_errors(base_model: str) -> Iterator[None]:
+    """Turn the libraries' errors into ours; nobody else looks at their wording."""
+    try:
+        yield
+    except OSError as error:
+        text = str(error)
+        if re.search(r"pytorch_model\.bin|safetensors.*(not|no file)", text) and "safetensors" in text:
+            raise WeightsUnsafe(f"base_model: {base_model!r} has no safetensors weights") from error
+        raise ModelNotFound(
+            f"base_model: {base_model!r} cannot be loaded; it does not exist, the revision is unknown, or the hub is out of reach"
+        ) from error
+    except ValueError as error:
+        if "Unrecognized" in str(error) or "not supported" in str(error) or "trust_remote_code" in str(error):
+            raise ModelUnsupported(
+                f"base_model: {base_model!r} is no causal language model that transformers knows without remote code"
+            ) from error
+        raise
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _license(place: LocalModel | HubModel) -> str:
+    """Return the licence that the model's own card names, or "unknown"."""
+    readers: list[Callable[[], str | None]] = []
+    if isinstance(place, LocalModel):
+        if place.gguf_file is not None:
+            readers.append(lambda: _gguf_license(place.weight_files[0]))
+        readers.append(lambda: _card_license(place.directory / "README.md"))
+    else:
+        readers.append(lambda: _hub_license(place.id))
+    return next((name for reader in readers if (name := reader())), "unknown")
+
+
+def _card_license(card: Path) -> str | None:
+    if not card.exists():
+        return None
+    found = re.search(r"\A---\n.*?^license:\s*([\w.\-]+)\s*$", card.read_text(encoding="utf-8", errors="replace"), re.M | re.S)
+    return found[1] if found else None
+
+
+def _gguf_license(path: Path) -> str | None:
+    from gguf import GGUFReader  # noqa: PLC0415  # only GGUF models need it
+
+    entry = GGUFReader(path).fields.get("general.license")
+    return None if entry is None else bytes(entry.parts[-1]).decode("utf-8", errors="replace")
+
+
+def _hub_license(name: str) -> str | None:
+    from huggingface_hub import ModelCard  # noqa: PLC0415  # only hub models need it
+
+    try:
+        data = ModelCard.load(name).data
+    except (OSError, ValueError):  # offline, or a card that does not parse
+        return None
+    return getattr(data, "license", None)

@@ -1,0 +1,236 @@
+"""SFT, DPO and ORPO as weightings of the same per-sequence gradients.
+
+Every objective sees the model only through the summed log-probabilities of its sequences, so its gradient is a
+weighted sum of their gradients (docs/method.md, eq. 1). What accumulates over a pass are four un-normalized
+*bases*; the objectives follow by a small matrix once all rows are counted, so beta and lambda need no new pass.
+
+Shape legend
+    R  rows    S  sequences, S = 2R for preference rows (chosen first) and R otherwise
+    K  bases   J  objectives
+
+References
+    [1] Rafailov et al. Direct Preference Optimization. 2023. arXiv:2305.18290
+    [2] Hong, Lee, Thorne. ORPO: Monolithic Preference Optimization without Reference Model. 2024. arXiv:2403.07691
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import assert_never
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from d2lora.errors import ObjectiveUnavailable
+from d2lora.initializations import Dpo, Objective, Orpo, Sft
+
+
+class Basis(StrEnum):
+    """The sums of per-sequence gradients that a pass accumulates."""
+
+    LIKELIHOOD = "likelihood"
+    """Sum of grad L over chosen completions."""
+    MARGIN = "margin"
+    """Sum of grad (L_chosen - L_rejected)."""
+    ODDS = "odds"
+    """Sum of the gradients of log sigmoid(log-odds ratio), ORPO's second term."""
+    SEQUENCE = "sequence"
+    """Sum of grad log p(prompt and completion) over chosen sequences."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities (summed over tokens, nats) of rows under one model; float64."""
+
+    chosen_logps: Float[Tensor, " R"]
+    chosen_tokens: Int[Tensor, " R"]
+    rejected_logps: Float[Tensor, " R"] | None = None
+    rejected_tokens: Int[Tensor, " R"] | None = None
+    prompt_logps: Float[Tensor, " R"] | None = None
+    """Of the chosen sequence's prompt; only filled for ``nll="full_sequence"``."""
+    prompt_tokens: Int[Tensor, " R"] | None = None
+
+    @staticmethod
+    def concatenate(parts: Sequence["Scores"]) -> "Scores":
+        """Return the rows of all parts, in order."""
+
+        def joined(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else torch.cat(values)
+
+        return Scores(**{name: joined(name) for name in Scores.__dataclass_fields__})  # type: ignore[arg-type]  # first two are never None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the un-normalized bases have to be divided by; adds over batches, folds and shards."""
+
+    rows: int = 0
+    chosen_tokens: int = 0
+    sequence_tokens: int = 0
+    """Predicted tokens of the chosen prompt and completion together."""
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.rows + other.rows,
+            self.chosen_tokens + other.chosen_tokens,
+            self.sequence_tokens + other.sequence_tokens,
+        )
+
+
+def count(scores: Scores) -> Counts:
+    """Return the normalizers of the given rows."""
+    tokens = int(scores.chosen_tokens.sum())
+    prompt = 0 if scores.prompt_tokens is None else int(scores.prompt_tokens.sum())
+    return Counts(len(scores.chosen_tokens), tokens, tokens + prompt)
+
+
+def resolve_objectives(requested: Sequence[Objective] | None, *, paired: bool) -> list[Objective]:
+    """Return the requested objectives, or all that the rows allow.
+
+    Raises:
+        ObjectiveUnavailable: DPO or ORPO is asked of rows without a rejected completion.
+    """
+    if requested is None:
+        return [Sft(), Dpo(), Orpo()] if paired else [Sft()]
+    for objective in requested:
+        if objective.type != "sft" and not paired:
+            raise ObjectiveUnavailable(
+                f"objectives: {objective.type} needs rows with chosen and rejected completions, and these have none"
+            )
+    return list(requested)
+
+
+def bases_of(objectives: Sequence[Objective]) -> tuple[Basis, ...]:
+    """Return the bases that the objectives are combinations of, without repetition."""
+    needed: list[Basis] = []
+    for objective in objectives:
+        match objective:
+            case Sft():
+                needed += [Basis.LIKELIHOOD]
+            case Dpo():
+                needed += [Basis.MARGIN]
+            case Orpo():
+                needed += [Basis.SEQUENCE if objective.nll == "full_sequence" else Basis.LIKELIHOOD, Basis.ODDS]
+            case _:
+                assert_never(objective)
+    return tuple(dict.fromkeys(needed))
+
+
+def needs_prompt(objectives: Sequence[Objective]) -> bool:
+    """Return whether a loss looks at the prompt's own log-probabilities."""
+    return any(isinstance(objective, Orpo) and objective.nll == "full_sequence" for objective in objectives)
+
+
+def sequence_weights(bases: Sequence[Basis], scores: Scores) -> Float[Tensor, "K S"]:
+    """Return how much of each sequence's ``grad L_s`` every basis takes; DPO's at policy == reference.
+
+    With paired rows the columns are all chosen, then all rejected sequences.
+    """
+    one = torch.ones_like(scores.chosen_logps)
+    zero = torch.zeros_like(one)
+    rows = []
+    for basis in bases:
+        match basis:
+            case Basis.LIKELIHOOD | Basis.SEQUENCE:
+                chosen, rejected = one, zero
+            case Basis.MARGIN:
+                chosen, rejected = one, -one
+            case Basis.ODDS:
+                chosen, rejected = _log_odds_ratio_slopes(scores)
+                flatness = torch.sigmoid(-log_odds_ratio(scores))
+                chosen, rejected = flatness * chosen, flatness * rejected
+            case _:
+                assert_never(basis)
+        rows.append(chosen if scores.rejected_logps is None else torch.cat([chosen, rejected]))
+    return torch.stack(rows)
+
+
+def objective_coefficients(
+    objectives: Sequence[Objective], bases: Sequence[Basis], counts: Counts
+) -> Float[Tensor, "J K"]:
+    """Return the matrix that turns summed bases into gradients of mean losses."""
+    matrix = torch.zeros(len(objectives), len(bases), dtype=torch.float64)
+    for row, objective in zip(matrix, objectives, strict=True):
+        match objective:
+            case Sft():
+                row[bases.index(Basis.LIKELIHOOD)] = -1.0 / counts.chosen_tokens
+            case Dpo():
+                # sigmoid(0) = 1/2: at the start the policy is the reference [1, eq. 7].
+                row[bases.index(Basis.MARGIN)] = -0.5 * objective.beta / counts.rows
+            case Orpo():
+                if objective.nll == "full_sequence":
+                    row[bases.index(Basis.SEQUENCE)] = -1.0 / counts.sequence_tokens
+                else:
+                    row[bases.index(Basis.LIKELIHOOD)] = -1.0 / counts.chosen_tokens
+                row[bases.index(Basis.ODDS)] = -objective.beta / counts.rows
+            case _:
+                assert_never(objective)
+    return matrix
+
+
+def row_losses(objective: Objective, scores: Scores, reference: Scores) -> Float[Tensor, " R"]:
+    """Return one number per row whose mean is the objective's loss over these rows.
+
+    Token means are ratios of sums, so a row's share is scaled by rows / tokens. ``reference`` is the base model's
+    scores of the same rows; only DPO looks at it.
+    """
+    match objective:
+        case Sft():
+            return _mean_nll(scores.chosen_logps, scores.chosen_tokens)
+        case Dpo():
+            return -logsigmoid(objective.beta * (_margin(scores) - _margin(reference)))
+        case Orpo():
+            odds = -objective.beta * logsigmoid(log_odds_ratio(scores))
+            if objective.nll == "completion":
+                return _mean_nll(scores.chosen_logps, scores.chosen_tokens) + odds
+            assert scores.prompt_logps is not None
+            assert scores.prompt_tokens is not None
+            tokens = scores.chosen_tokens + scores.prompt_tokens
+            return _mean_nll(scores.chosen_logps + scores.prompt_logps, tokens) + odds
+        case _:
+            assert_never(objective)
+
+
+def log_odds_ratio(scores: Scores) -> Float[Tensor, " R"]:
+    """Return the log of the odds ratio on length-normalized probabilities, eq. 4 and 5 of [2]."""
+    chosen, rejected = _mean_logps(scores)
+    return (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+
+
+def _log_odds_ratio_slopes(scores: Scores) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """Derivatives of the log-odds ratio by the summed log-probabilities of chosen and rejected."""
+    chosen, rejected = _mean_logps(scores)
+    assert scores.rejected_tokens is not None
+    return (
+        -1.0 / (torch.expm1(chosen) * scores.chosen_tokens),
+        1.0 / (torch.expm1(rejected) * scores.rejected_tokens),
+    )
+
+
+def _mean_logps(scores: Scores) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    assert scores.rejected_logps is not None
+    assert scores.rejected_tokens is not None
+    # The odds p / (1 - p) have a pole at p = 1; log-probabilities come from float32 logits, which tell nothing closer
+    # to 0 than one part in 2^24.
+    ceiling = -(2.0**-24)
+    return (
+        (scores.chosen_logps / scores.chosen_tokens).clamp(max=ceiling),
+        (scores.rejected_logps / scores.rejected_tokens).clamp(max=ceiling),
+    )
+
+
+def _log1mexp(x: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
+    """Return log(1 - exp(x)) for x < 0 without cancellation near 0 and near minus infinity."""
+    return torch.where(x > -0.6931471805599453, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+def _margin(scores: Scores) -> Float[Tensor, " R"]:
+    assert scores.rejected_logps is not None
+    return scores.chosen_logps - scores.rejected_logps
+
+
+def _mean_nll(logps: Float[Tensor, " R"], tokens: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
+    return -logps * (len(tokens) / tokens.sum())

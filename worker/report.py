@@ -1,0 +1,171 @@
+"""``report.json``: the evidence that an adapter carries, and the model card that quotes it."""
+
+import platform
+from importlib.metadata import version
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from d2lora import __version__
+from d2lora.initializations import Frozen, InitializationSpec, ResultSummary
+
+from worker.sketching import LowRank
+
+
+class ObjectiveReport(Frozen):
+    """One objective that took part."""
+
+    type: str
+    gradient_norm: float
+    """Frobenius norm over all target layers, of the mean loss over all rows."""
+    weight: float
+    """Of the gradient divided by its norm; the weights sum to 1."""
+    noise_scale: float | None
+    """Rows at which the gradient's noise equals its size (arXiv:1812.06162); null when these rows cannot tell."""
+
+
+class LayerReport(Frozen):
+    """One target layer."""
+
+    singular_values: list[float]
+    """Of the combined direction, the r largest."""
+    energy_kept: float
+    """Share of the combined direction's squared norm that rank r keeps."""
+    sketch_error: float
+    """Estimated relative error of the sketched direction before the cut to rank r; 0 in exact mode."""
+    relative_magnitude: float
+    """|s B A| / |W|, Frobenius norms."""
+
+
+class TrialReport(Frozen):
+    """One step size of the line search, on held-out rows."""
+
+    eta: float
+    combined_change: float | None
+    combined_standard_error: float
+    changes: dict[str, float | None]
+    standard_errors: dict[str, float]
+
+
+class CalibrationReport(Frozen):
+    """The line search that decided the start."""
+
+    folds: int
+    rows: int
+    """Rows scored at every step; a seeded part of them where the dataset is large."""
+    trials: list[TrialReport]
+    accepted_eta: float | None
+    reason: str
+
+
+class Report(Frozen):
+    """Everything that was measured on the way to the adapter."""
+
+    version: Literal[1] = 1
+    summary: ResultSummary
+    base_model: str
+    base_identity: str
+    """Commit of a hub model, or sha256 over the weight files."""
+    base_license: str
+    dataset_sha256: str
+    eval_dataset_sha256: str | None
+    spec: InitializationSpec
+    rows: dict[str, int]
+    """Read, used, truncated, and dropped by reason."""
+    mean_tokens: dict[str, float]
+    """Completion tokens of chosen and rejected; DPO's summed log-probabilities favor the longer."""
+    objectives: list[ObjectiveReport]
+    calibration: CalibrationReport | None
+    layers: dict[str, LayerReport]
+    seconds: dict[str, float]
+    """By phase. Kept out of everything that decides the adapter."""
+    versions: dict[str, str]
+    hardware: str
+
+
+def layer_report(direction: LowRank, *, eta: float, weight_norm: float) -> LayerReport:
+    """Return the report of one layer whose direction was cut to rank r."""
+    energy = direction.energy
+    return LayerReport(
+        singular_values=[round_to(value) for value in direction.values.tolist()],
+        energy_kept=round_to(direction.kept / energy) if energy > 0 else 1.0,
+        sketch_error=round_to((direction.missed / energy) ** 0.5) if energy > 0 else 0.0,
+        relative_magnitude=round_to(eta * direction.kept**0.5 / weight_norm) if weight_norm > 0 else 0.0,
+    )
+
+
+def noise_scale(
+    row_gramian: Float[Tensor, "K K"], gramian: Float[Tensor, "K K"], coefficients: Float[Tensor, " K"], rows: int
+) -> float | None:
+    """Return tr(covariance of a row's gradient) / |mean gradient|^2, unbiased in both (arXiv:1812.06162, appendix A).
+
+    ``row_gramian`` sums the rows' own inner products, ``gramian`` is that of the summed bases, and ``coefficients``
+    turn the bases into the mean loss. None when there is one row, or when noise leaves no estimate of the gradient.
+    """
+    if rows < 2:
+        return None
+    squared_mean = (coefficients @ gramian @ coefficients).item()
+    squared_rows = rows**2 * (coefficients @ row_gramian @ coefficients).item()
+    trace = (squared_rows - rows * squared_mean) / (rows - 1)
+    squared_gradient = squared_mean - trace / rows
+    return trace / squared_gradient if squared_gradient > 0 else None
+
+
+def round_to(value: float, digits: int = 6) -> float:
+    """Return the value at a readable number of significant digits."""
+    return float(f"{value:.{digits}g}")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that takes part in the numbers."""
+    libraries = {name: version(name) for name in ("torch", "transformers", "peft", "torchjd", "safetensors")}
+    return {"d2lora": __version__, "python": platform.python_version(), **libraries}
+
+
+def hardware(device: torch.device) -> str:
+    """Return the device's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def model_card(report: Report) -> str:
+    """Return the adapter's README.md: metadata that hubs read, what this is, and the evidence in short."""
+    summary = report.summary
+    spec = report.spec
+    lines = [
+        "---",
+        f"base_model: {report.base_model}",
+        "library_name: peft",
+        f"license: {report.base_license}",
+        "tags: [lora, d2lora, initialization]",
+        "---",
+        "",
+        "# LoRA initialization",
+        "",
+        f"A starting point for LoRA fine-tuning of `{report.base_model}` (r = {spec.lora.r}, "
+        f"lora_alpha = {spec.lora.alpha:g}), made by d2lora {__version__} from gradient statistics of "
+        f"{', '.join(summary.objectives)} on {summary.rows_used} rows. It loads on the unmodified base model.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{report.base_model}")',
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder", is_trainable=True)',
+        "```",
+        "",
+        f"Start: **{summary.start}**; {summary.start_reason}.",
+        "",
+        "| held-out, cross-validated | base | adapter | rows |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {value.base:.4f} | {value.adapter:.4f} | {value.rows} |" for name, value in summary.held_out.items()
+    ]
+    for name, value in (summary.evaluation or {}).items():
+        lines.append(f"| {name} (evaluation dataset) | {value.base:.4f} | {value.adapter:.4f} | {value.rows} |")
+    lines += ["", f"Base weights: `{report.base_identity}`. Dataset: `sha256:{report.dataset_sha256}`. Details: `report.json`.", ""]
+    return "\n".join(lines)

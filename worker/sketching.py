@@ -1,0 +1,304 @@
+"""What is kept of each layer's weight gradients: two-sided sketches, or the dense gradients as an oracle.
+
+For a frozen linear layer with inputs X and output gradients D, the gradient of basis k is ``G_k = sum_s a_ks D_s^T X_s``.
+A `Sketch` keeps only products of G_k with two fixed random test matrices, taken while the backward runs; G_k itself
+never exists. Both kinds are linear in the data, so batches, folds and shards merge by addition.
+
+Shape legend
+    S  sequences, T  tokens of a padded sequence, R  rows (S = 2R when rows are chosen/rejected pairs)
+    I  in_features, O  out_features; L  the larger of the two, M  the smaller; G is L x M, transposed if I > O
+    K  bases, Q  range-sketch width, P  co-range-sketch width, N  rank of a factorization
+
+References
+    [1] Tropp, Yurtsever, Udell, Cevher. Practical sketching algorithms for low-rank matrix approximation. 2017.
+        arXiv:1609.00048
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_TRANSIENT_ELEMENTS = 2**22
+"""Elements of the per-sequence products held at once; 16 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``left @ diag(values) @ right`` with orthonormal factors, and what it leaves out."""
+
+    left: Float[Tensor, "O N"]
+    values: Float[Tensor, " N"]
+    """Descending."""
+    right: Float[Tensor, "N I"]
+    missed: float
+    """Estimate of the squared Frobenius norm of what the sketch could not see; 0 when exact."""
+    dropped: float = 0.0
+    """Squared Frobenius norm of what `cut` left out."""
+
+    @property
+    def kept(self) -> float:
+        """Squared Frobenius norm of this factorization."""
+        return self.values.double().square().sum().item()
+
+    @property
+    def energy(self) -> float:
+        """Estimated squared Frobenius norm of the matrix that was factorized."""
+        return self.kept + self.dropped + self.missed
+
+    def cut(self, rank: int) -> "LowRank":
+        """Return the best approximation of the given rank."""
+        dropped = self.dropped + self.values[rank:].double().square().sum().item()
+        return LowRank(self.left[:, :rank], self.values[:rank], self.right[:rank], self.missed, dropped)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one layer and of its sketch."""
+
+    out_features: int
+    in_features: int
+    width: int
+    """Q."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether G^T is sketched, so that the wider sketch lies along the shorter side."""
+        return self.in_features > self.out_features
+
+    @property
+    def longer(self) -> int:
+        """L."""
+        return max(self.out_features, self.in_features)
+
+    @property
+    def shorter(self) -> int:
+        """M."""
+        return min(self.out_features, self.in_features)
+
+    @property
+    def corange_width(self) -> int:
+        """P, at least 2 Q + 1 as [1] recommends, and never more than a full basis."""
+        return min(2 * self.width + 1, self.longer)
+
+
+@dataclass
+class TestMatrices:
+    """Seeded test matrices, shared by all layers of equal sides: ``omega`` (M x Q) and ``psi`` (P x L).
+
+    Rows of psi and columns of omega are orthonormal up to a factor that makes squared norms unbiased
+    (E |psi g|^2 = P |g|^2), which is better conditioned than Gaussian entries and exact for a full basis.
+    """
+
+    __test__: ClassVar[bool] = False  # not a test case, whatever pytest thinks of the name
+
+    seed: int
+    device: torch.device
+    _cache: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+
+    def omega(self, shape: Shape) -> Float[Tensor, "M Q"]:
+        """Return the test matrix of the range sketch."""
+        return self._matrix("omega", shape.shorter, shape.width)
+
+    def psi(self, shape: Shape) -> Float[Tensor, "P L"]:
+        """Return the test matrix of the co-range sketch."""
+        return self._matrix("psi", shape.longer, shape.corange_width).T
+
+    def _matrix(self, role: str, rows: int, columns: int) -> Tensor:
+        key = (role, rows, columns)
+        if key not in self._cache:
+            generator = torch.Generator().manual_seed(self.seed * 2 + (role == "psi"))
+            gaussian = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+            q, r = torch.linalg.qr(gaussian)
+            q = q * torch.sign(torch.diagonal(r))  # makes the distribution uniform (Haar)
+            self._cache[key] = (q * rows**0.5).float().to(self.device)
+        return self._cache[key]
+
+
+@dataclass
+class Sketch:
+    """Sketches of K gradients of one layer."""
+
+    shape: Shape
+    matrices: TestMatrices
+    range_sketch: Float[Tensor, "K L Q"]
+    """``G_k omega`` (of G_k^T when transposed)."""
+    corange_sketch: Float[Tensor, "K P M"]
+    """``psi G_k``."""
+    row_gramian: Float[Tensor, "K K"]
+    """Sum over rows of the inner products of that row's K gradients; float64."""
+
+    @staticmethod
+    def empty(shape: Shape, bases: int, matrices: TestMatrices) -> "Sketch":
+        """Return the sketch of nothing."""
+        zeros = lambda *size: torch.zeros(*size, device=matrices.device)  # noqa: E731  # one line, used twice
+        return Sketch(
+            shape=shape,
+            matrices=matrices,
+            range_sketch=zeros(bases, shape.longer, shape.width),
+            corange_sketch=zeros(bases, shape.corange_width, shape.shorter),
+            row_gramian=torch.zeros(bases, bases, dtype=torch.float64, device=matrices.device),
+        )
+
+    def add(
+        self,
+        inputs: Float[Tensor, "S T I"],
+        output_grads: Float[Tensor, "S T O"],
+        weights: Float[Tensor, "K S"],
+        *,
+        paired: bool,
+    ) -> None:
+        """Add ``sum_s weights[k, s] D_s^T X_s`` to every basis; all of it or, if memory runs out, nothing.
+
+        The products are formed per sequence and weighted afterwards, so that K bases cost the tokens only once and
+        every row's gradient norm comes for free.
+        """
+        left, right = (inputs, output_grads) if self.shape.transposed else (output_grads, inputs)
+        halves = 2 if paired else 1
+        left_HRTL = left.unflatten(0, (halves, -1))
+        right_HRTM = right.unflatten(0, (halves, -1))
+        weights_KHR = weights.float().unflatten(1, (halves, -1))
+        range_update = torch.zeros_like(self.range_sketch)
+        corange_update = torch.zeros_like(self.corange_sketch)
+        gramian_update = torch.zeros_like(self.row_gramian)
+
+        omega, psi = self.matrices.omega(self.shape), self.matrices.psi(self.shape)
+        per_row = halves * (self.range_sketch[0].numel() + self.corange_sketch[0].numel())
+        step = max(1, _TRANSIENT_ELEMENTS // per_row)
+        for start in range(0, left_HRTL.shape[1], step):
+            rows = slice(start, start + step)
+            left_HRTl, right_HRTm = left_HRTL[:, rows].float(), right_HRTM[:, rows].float()
+            weights_KHr = weights_KHR[:, :, rows]
+            range_HRLQ = left_HRTl.transpose(-1, -2) @ (right_HRTm @ omega)
+            corange_HRPM = (left_HRTl @ psi.T).transpose(-1, -2) @ right_HRTm
+            range_update += torch.einsum("khr,hrlq->klq", weights_KHr, range_HRLQ)
+            corange_update += torch.einsum("khr,hrpm->kpm", weights_KHr, corange_HRPM)
+            products_RHH = torch.einsum("hrpm,grpm->rhg", corange_HRPM, corange_HRPM).double() / psi.shape[0]
+            gramian_update += weigh_row_products(weights_KHr.double(), products_RHH)
+
+        self.range_sketch += range_update
+        self.corange_sketch += corange_update
+        self.row_gramian += gramian_update
+
+    def inner_products(self, other: "Sketch") -> Float[Tensor, "K K"]:
+        """Return unbiased estimates of ``<G_j, G'_k>`` between the gradients of two sketches; float64."""
+        products = torch.einsum("jpm,kpm->jk", self.corange_sketch, other.corange_sketch)
+        return products.double() / self.shape.corange_width
+
+    def factorize(self, coefficients: Float[Tensor, " K"]) -> LowRank:
+        """Return ``sum_k coefficients[k] G_k`` as a rank-Q factorization: [1], algorithm 4; exact if the rank is <= Q.
+
+        What it misses is estimated by what the least-squares fit of the co-range sketch leaves over, which has P - Q degrees of freedom.
+        """
+        c = coefficients.to(self.range_sketch)
+        range_LQ = torch.einsum("k,klq->lq", c, self.range_sketch)
+        corange_PM = torch.einsum("k,kpm->pm", c, self.corange_sketch)
+        psi = self.matrices.psi(self.shape)
+
+        q_LQ, _ = torch.linalg.qr(range_LQ)
+        basis_PQ, triangle_QQ = torch.linalg.qr(psi @ q_LQ)
+        projected_QM = basis_PQ.T @ corange_PM
+        fitted_QM = torch.linalg.solve_triangular(triangle_QQ, projected_QM, upper=True)
+        freedom = self.shape.corange_width - self.shape.width
+        left_over = (corange_PM - basis_PQ @ projected_QM).double().square().sum().item()
+        rotation_QQ, values, right_QM = torch.linalg.svd(fitted_QM, full_matrices=False)
+        return _oriented(q_LQ @ rotation_QQ, values, right_QM, left_over / freedom if freedom else 0.0, self.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums, by name; what `from_tensors` takes."""
+        return {"range": self.range_sketch, "corange": self.corange_sketch, "rows": self.row_gramian}
+
+    @staticmethod
+    def from_tensors(shape: Shape, matrices: TestMatrices, tensors: dict[str, Tensor]) -> "Sketch":
+        """Return the sketch that gave these tensors."""
+        return Sketch(shape, matrices, tensors["range"], tensors["corange"], tensors["rows"])
+
+
+@dataclass
+class DenseGradient:
+    """K dense gradients of one layer: the exact mode, for small models and as the tests' oracle."""
+
+    shape: Shape
+    gradients: Float[Tensor, "K O I"]
+    row_gramian: Float[Tensor, "K K"]
+
+    @staticmethod
+    def empty(shape: Shape, bases: int, matrices: TestMatrices) -> "DenseGradient":
+        """Return the gradients of nothing; only the device of ``matrices`` is used."""
+        return DenseGradient(
+            shape,
+            torch.zeros(bases, shape.out_features, shape.in_features, device=matrices.device),
+            torch.zeros(bases, bases, dtype=torch.float64, device=matrices.device),
+        )
+
+    def add(
+        self,
+        inputs: Float[Tensor, "S T I"],
+        output_grads: Float[Tensor, "S T O"],
+        weights: Float[Tensor, "K S"],
+        *,
+        paired: bool,
+    ) -> None:
+        """Add ``sum_s weights[k, s] D_s^T X_s`` to every basis."""
+        inputs, output_grads = inputs.float(), output_grads.float()
+        update = torch.einsum("ks,sto,sti->koi", weights.float(), output_grads, inputs)
+        halves = 2 if paired else 1
+        grads_HRTO = output_grads.unflatten(0, (halves, -1))
+        inputs_HRTI = inputs.unflatten(0, (halves, -1))
+        # <D^T X, E^T Y> = sum over pairs of tokens of (D E^T) * (X Y^T): no gradient of a single row is formed.
+        products_RHH = torch.stack(
+            [
+                torch.stack(
+                    [((grads_HRTO[h] @ grads_HRTO[g].mT) * (inputs_HRTI[h] @ inputs_HRTI[g].mT)).sum((1, 2)) for g in range(halves)],
+                    dim=1,
+                )
+                for h in range(halves)
+            ],
+            dim=1,
+        ).double()
+        self.row_gramian += weigh_row_products(weights.double().unflatten(1, (halves, -1)), products_RHH)
+        self.gradients += update
+
+    def inner_products(self, other: "DenseGradient") -> Float[Tensor, "K K"]:
+        """Return ``<G_j, G'_k>``; float64."""
+        return torch.einsum("joi,koi->jk", self.gradients.double(), other.gradients.double())
+
+    def factorize(self, coefficients: Float[Tensor, " K"]) -> LowRank:
+        """Return ``sum_k coefficients[k] G_k`` as a full singular value decomposition."""
+        matrix = torch.einsum("k,koi->oi", coefficients.to(self.gradients), self.gradients)
+        if self.shape.transposed:
+            matrix = matrix.T
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return _oriented(left, values, right, 0.0, self.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums, by name; what `from_tensors` takes."""
+        return {"gradients": self.gradients, "rows": self.row_gramian}
+
+    @staticmethod
+    def from_tensors(shape: Shape, matrices: TestMatrices, tensors: dict[str, Tensor]) -> "DenseGradient":  # noqa: ARG004  # one signature for both kinds
+        """Return the gradients that gave these tensors."""
+        return DenseGradient(shape, tensors["gradients"], tensors["rows"])
+
+
+LayerStatistics = Sketch | DenseGradient
+
+
+def weigh_row_products(
+    weights: Float[Tensor, "K H R"], products: Float[Tensor, "R H H"]
+) -> Float[Tensor, "K K"]:
+    """Return the sum over rows of ``<g_rj, g_rk>`` where row r's gradient of basis k is ``sum_h weights[k,h,r] g_rh``."""
+    return torch.einsum("jhr,rhg,kgr->jk", weights, products, weights)
+
+
+def _oriented(
+    left: Float[Tensor, "L N"], values: Float[Tensor, " N"], right: Float[Tensor, "N M"], missed: float, shape: Shape
+) -> LowRank:
+    """Undo the transposition, and fix the sign that a singular vector pair leaves open: largest entry of right > 0."""
+    if shape.transposed:
+        left, right = right.T, left.T
+    largest = right.gather(1, right.abs().argmax(1, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0)
+    return LowRank(left * signs.T, values, right * signs, missed)

@@ -1,0 +1,292 @@
+"""The pass over the data: one forward and one activations-only backward give the statistics of all objectives (docs/method.md, eq. 1-3).
+
+A hook on every target layer puts an identity after its output. In the backward the identity sees the gradient of the
+output together with the layer's inputs, and hands both to that layer's `LayerStatistics`. No weight requires a gradient.
+
+Shape legend
+    S  sequences    T  tokens of a padded sequence    K  bases
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from d2lora.errors import NumericalFailure, OutOfMemory
+
+from worker.data import Batch
+from worker.logprobs import sequence_logps, sequence_logps_and_gradient
+from worker.models import BaseModel
+from worker.objectives import Basis, Counts, Scores, count, sequence_weights
+from worker.sketching import LayerStatistics
+
+
+@dataclass
+class Statistics:
+    """Summed bases of every layer, with what normalizes them."""
+
+    layers: Mapping[str, LayerStatistics]
+    counts: Counts = Counts()
+
+
+_Added = tuple[Basis | None, str]
+"""A layer's name, and which of a batch's backward passes it was: None for the completions' own."""
+
+
+@dataclass
+class _Recorder:
+    """What a backward pass adds where; ``done`` survives a pass that runs out of memory."""
+
+    layers: Mapping[str, LayerStatistics]
+    skip: frozenset[_Added]
+    paired: bool
+    weights: Float[Tensor, "K S"] | None = None
+    only: Basis | None = None
+    done: set[_Added] = field(default_factory=set)
+
+    def record(self, name: str, inputs: Tensor, output_grads: Tensor) -> None:
+        assert self.weights is not None
+        if (self.only, name) in self.skip:
+            return
+        self.layers[name].add(inputs, output_grads, self.weights, paired=self.paired)
+        self.done.add((self.only, name))
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a layer's output, whose backward hands (inputs, gradient of the output) to ``record``.
+
+    The inputs are saved through autograd and not by a closure, so that activation checkpointing frees them too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, record: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.record = record
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # one output only
+        (inputs,) = ctx.saved_tensors
+        ctx.record(inputs.detach(), grad)
+        return grad, None, None
+
+
+@contextmanager
+def _recording(targets: Mapping[str, nn.Module], recorder: _Recorder) -> Iterator[None]:
+    """Tap the outputs of the targets while the block runs."""
+
+    def tap(name: str) -> Callable[..., Tensor]:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return _Tap.apply(output, arguments[0], lambda x, d: recorder.record(name, x, d))  # type: ignore[no-any-return]  # untyped in torch
+
+        return hook
+
+    handles = [module.register_forward_hook(tap(name)) for name, module in targets.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _differentiable_embeddings(base: BaseModel) -> Iterator[None]:
+    """Let the graph start at the embeddings: without this it has no leaf, and no hook ever fires."""
+
+    def require_grad(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        return output.requires_grad_()
+
+    handle = base.model.get_input_embeddings().register_forward_hook(require_grad)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def activation_checkpointing(base: BaseModel, *, enabled: bool) -> Iterator[None]:
+    """Recompute each decoder layer in the backward while the block runs."""
+    if not enabled:
+        yield
+        return
+    # transformers checkpoints only in training mode; every layer whose behavior that mode changes is switched back.
+    base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    training = [module for module in base.model.modules() if hasattr(module, "gradient_checkpointing")]
+    for module in training:
+        module.training = True
+    try:
+        yield
+    finally:
+        base.model.gradient_checkpointing_disable()
+        base.model.eval()
+
+
+def gather(
+    base: BaseModel,
+    targets: Mapping[str, nn.Module],
+    layers: Mapping[str, LayerStatistics],
+    batches: Sequence[Batch],
+    bases: Sequence[Basis],
+    *,
+    on_batch: Callable[[Batch, Scores], None],
+) -> Statistics:
+    """Add the batches to ``layers`` and return them with their counts.
+
+    ``on_batch`` is told of every batch when all of it has been added, with its rows' scores under the base model.
+
+    Raises:
+        NumericalFailure: a log-probability or a sum is not finite; the message names the layer.
+        OutOfMemory: a batch of a single row does not fit.
+    """
+    statistics = Statistics(layers)
+    for batch in batches:
+        for part, scores in _add_batch(base, targets, layers, batch, bases, skip=frozenset()):
+            statistics.counts += count(scores)
+            on_batch(part, scores)
+    for name, layer in layers.items():
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in layer.tensors().values()):
+            raise NumericalFailure(f"the gradient statistics of layer {name!r} are not finite")
+    return statistics
+
+
+def _add_batch(
+    base: BaseModel,
+    targets: Mapping[str, nn.Module],
+    layers: Mapping[str, LayerStatistics],
+    batch: Batch,
+    bases: Sequence[Basis],
+    *,
+    skip: frozenset[_Added],
+) -> Iterator[tuple[Batch, Scores]]:
+    """Add one batch, in halves if memory runs out, and yield what was added.
+
+    Layers that an attempt had finished before it ran out of memory hold all rows of the batch already; since sums
+    over the halves are sums over the batch, the halves skip exactly those.
+    """
+    recorder = _Recorder(layers, skip, batch.paired)
+    try:
+        scores = _forward_and_backward(base, targets, recorder, batch.to(base.device), bases)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = error
+    else:
+        yield batch, scores
+        return
+    if len(batch.rows) == 1:
+        raise OutOfMemory(
+            f"a row of {batch.input_ids.numel()} tokens does not fit into memory; lower max_length"
+        ) from failure
+    del failure  # its traceback keeps the activations alive
+    if base.device.type == "cuda":
+        torch.cuda.empty_cache()
+    for half in batch.halves():
+        yield from _add_batch(base, targets, layers, half, bases, skip=skip | recorder.done)
+
+
+def _forward_and_backward(
+    base: BaseModel, targets: Mapping[str, nn.Module], recorder: _Recorder, batch: Batch, bases: Sequence[Basis]
+) -> Scores:
+    with torch.enable_grad(), _differentiable_embeddings(base), _recording(targets, recorder):
+        hidden = base.hidden_states(batch.input_ids, batch.attention_mask)
+        logps, gradient = sequence_logps_and_gradient(
+            base.head, hidden, batch.input_ids, batch.completion_mask, vocabulary=base.vocabulary
+        )
+        scores = _scores(base, batch, logps)
+        recorder.weights = sequence_weights(bases, scores).to(base.device)
+        whole_sequences = Basis.SEQUENCE in bases
+        hidden.backward(gradient, retain_graph=whole_sequences)
+        if whole_sequences:
+            # The prompt's tokens have a cotangent of their own, which only this basis takes.
+            mask = _prompt_mask(batch)
+            prompt_logps, gradient = sequence_logps_and_gradient(
+                base.head, hidden, batch.input_ids, mask, vocabulary=base.vocabulary
+            )
+            scores = _with_prompt(scores, prompt_logps, mask)
+            recorder.only = Basis.SEQUENCE
+            recorder.weights = recorder.weights * torch.tensor([[basis is Basis.SEQUENCE] for basis in bases]).to(
+                recorder.weights
+            )
+            hidden.backward(gradient)
+    return scores
+
+
+def score(base: BaseModel, batch: Batch, *, with_prompt: bool = False) -> Scores:
+    """Return the rows' log-probabilities by a forward pass alone, on request with the chosen prompts' as well.
+
+    Raises:
+        NumericalFailure: a log-probability is not finite.
+    """
+    batch = batch.to(base.device)
+    with torch.no_grad():
+        hidden = base.hidden_states(batch.input_ids, batch.attention_mask)
+        logps = sequence_logps(base.head, hidden, batch.input_ids, batch.completion_mask, vocabulary=base.vocabulary)
+        scores = _scores(base, batch, logps)
+        if not with_prompt:
+            return scores
+        mask = _prompt_mask(batch)
+        prompt_logps = sequence_logps(base.head, hidden, batch.input_ids, mask, vocabulary=base.vocabulary)
+    return _with_prompt(scores, prompt_logps, mask)
+
+
+def _with_prompt(scores: Scores, prompt_logps: Float[Tensor, " S"], mask: Bool[Tensor, "S T"]) -> Scores:
+    rows = len(scores.chosen_logps)
+    return replace(scores, prompt_logps=prompt_logps[:rows].cpu(), prompt_tokens=mask[:rows, 1:].sum(1).cpu())
+
+
+def _prompt_mask(batch: Batch) -> Bool[Tensor, "S T"]:
+    """Tokens of the chosen sequences that are no completion; the first of a sequence is never predicted."""
+    mask = batch.attention_mask.bool() & ~batch.completion_mask
+    mask[len(batch.rows) :] = False
+    return mask
+
+
+def _scores(base: BaseModel, batch: Batch, logps: Float[Tensor, " S"]) -> Scores:
+    if not torch.isfinite(logps).all():
+        raise NumericalFailure(_first_non_finite(base, batch))
+    logps, tokens = logps.cpu(), batch.completion_mask.sum(1).cpu()
+    if not batch.paired:
+        return Scores(chosen_logps=logps, chosen_tokens=tokens)
+    rows = len(batch.rows)
+    return Scores(
+        chosen_logps=logps[:rows],
+        chosen_tokens=tokens[:rows],
+        rejected_logps=logps[rows:],
+        rejected_tokens=tokens[rows:],
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the device's or the host's memory is used up."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # The CPU allocator has no error class of its own.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _first_non_finite(base: BaseModel, batch: Batch) -> str:
+    """Return a sentence that names the first module, in the order of the forward, whose output is not finite."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
+            tensor = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else None
+            if not found and isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, module) for name, module in base.model.named_modules() if not any(module.children())]
+    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    try:
+        with torch.no_grad():
+            base.head(base.hidden_states(batch.input_ids, batch.attention_mask))
+    finally:
+        for handle in handles:
+            handle.remove()
+    place = f"the output of layer {found[0]!r} is" if found else "the log-probabilities are"
+    return f"{place} not finite on a batch of {len(batch.rows)} rows; try dtype float32"

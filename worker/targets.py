@@ -1,0 +1,114 @@
+"""Which layers get LoRA: PEFT's own matching, and a refusal where a match would give a wrong adapter."""
+
+import re
+from collections.abc import Mapping
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from d2lora.errors import RankTooLarge, TargetsMissing, TargetUnsupported
+from d2lora.initializations import LoraSpec
+
+from worker.models import layer_sizes
+
+
+def lora_config(model: PreTrainedModel, lora: LoraSpec, *, base_model: str, revision: str | None) -> LoraConfig:
+    """Return PEFT's configuration for the adapter, with ``all-linear`` written out as module names."""
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]  # PEFT divides only
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        revision=revision,
+        # Plain, so that a second adapter made from this configuration never changes the base weights.
+        init_lora_weights=True,
+        inference_mode=True,
+    )
+    return _maybe_include_all_linear_layers(config, model)
+
+
+def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Module]:
+    """Return the target layers by name, in the order of the model's modules.
+
+    Raises:
+        TargetsMissing: nothing matches.
+        TargetUnsupported: a match is no Linear or Conv1D layer, shares its weight, or is the output head.
+        RankTooLarge: ``r`` is above the smaller side of a target.
+    """
+    matched = {name: module for name, module in model.named_modules() if name and _matches(config, name)}
+    if not matched:
+        raise TargetsMissing(
+            f"lora.target_modules: {_shown(config.target_modules)} matches no module; "
+            f"this model's linear layers end in {_linear_suffixes(model)}"
+        )
+    head = model.get_output_embeddings()
+    shared = _shared_weights(model)
+    kinds = set()
+    for name, module in matched.items():
+        if module is head:
+            raise TargetUnsupported(f"lora.target_modules: {name!r} is the output head, which cannot be a target")
+        if not isinstance(module, nn.Linear | Conv1D):
+            raise TargetUnsupported(_why_not_linear(name, module))
+        if id(module.weight) in shared:
+            raise TargetUnsupported(
+                f"lora.target_modules: {name!r} shares its weight with {shared[id(module.weight)]!r}; "
+                "an adapter on one of them would be applied to neither or both, depending on the loader"
+            )
+        out_features, in_features = layer_sizes(module)
+        if config.r > min(out_features, in_features):
+            raise RankTooLarge(
+                f"lora.r: {config.r} is above the smaller side of {name!r} ({out_features} x {in_features}); "
+                f"use at most {min(out_features, in_features)} or leave that module out"
+            )
+        kinds.add(isinstance(module, Conv1D))
+    if kinds == {True, False}:
+        raise TargetUnsupported(
+            "lora.target_modules: Linear and Conv1D layers in one adapter; PEFT has one fan_in_fan_out for all"
+        )
+    config.fan_in_fan_out = kinds == {True}
+    return matched
+
+
+def _matches(config: LoraConfig, name: str) -> bool:
+    return bool(check_target_module_exists(config, name))
+
+
+def _why_not_linear(name: str, module: nn.Module) -> str:
+    experts = [parameter for parameter, value in module.named_parameters(recurse=False) if value.ndim == 3]
+    if experts:
+        return (
+            f"lora.target_modules: {name!r} holds its experts as parameters ({', '.join(experts)}), "
+            "which LoRA layers cannot wrap; leave it out"
+        )
+    return f"lora.target_modules: {name!r} is a {type(module).__name__}; only Linear and Conv1D layers can be targets"
+
+
+def _shared_weights(model: PreTrainedModel) -> Mapping[int, str]:
+    """Return id of a weight that several modules hold -> one of the others' names."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            owners.setdefault(id(weight), []).append(name)
+    return {key: names[-1] for key, names in owners.items() if len(names) > 1}
+
+
+def _linear_suffixes(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    names = {
+        re.split(r"\.", name)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    return ", ".join(sorted(names)) or "nothing (it has none)"
+
+
+def _shown(target_modules: str | list[str] | set[str] | None) -> str:
+    return repr(target_modules if isinstance(target_modules, str) else sorted(target_modules or []))
