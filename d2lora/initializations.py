@@ -37,7 +37,8 @@ class Orpo(Frozen):
     type: Literal["orpo"] = "orpo"
     beta: float = Field(default=0.1, gt=0, description="lambda of the paper, named as in TRL")
     nll: Literal["completion", "full_sequence"] = Field(
-        default="completion", description="which tokens of the chosen sequence the likelihood term covers; TRL's is full_sequence"
+        default="completion",
+        description="which tokens of the chosen sequence the likelihood term covers; TRL's is full_sequence",
     )
 
 

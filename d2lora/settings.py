@@ -37,7 +37,9 @@ class ModelSettings(BaseSettings):
 
     model_config = _prefix("MODELS_")
 
-    allowed: list[str] = Field(default=[], description="hub IDs; shell patterns such as 'HuggingFaceTB/*' are understood")
+    allowed: list[str] = Field(
+        default=[], description="hub IDs; shell patterns such as 'HuggingFaceTB/*' are understood"
+    )
     roots: list[Path] = Field(default=[], description="a local model must lie below one of these directories")
 
 
@@ -70,7 +72,9 @@ class ServiceSettings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    api_keys: dict[str, SecretStr] = Field(default={}, description="tenant -> API key; the service will not start without")
+    api_keys: dict[str, SecretStr] = Field(
+        default={}, description="tenant -> API key; the service will not start without"
+    )
     max_dataset_bytes: int = Field(default=256 * 2**20, ge=1)
     max_dataset_rows: int = Field(default=1_000_000, ge=1)
     max_row_bytes: int = Field(default=2**20, ge=1)

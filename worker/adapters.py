@@ -9,14 +9,15 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from d2lora.initializations import ResultFile
-
 from worker.factors import Factors
 from worker.report import Report, model_card
 
 MANIFEST = "manifest.json"
 
 
-def write_adapter(directory: Path, *, config: LoraConfig, factors: Mapping[str, Factors], report: Report) -> list[ResultFile]:
+def write_adapter(
+    directory: Path, *, config: LoraConfig, factors: Mapping[str, Factors], report: Report
+) -> list[ResultFile]:
     """Write every file, the manifest last, and return them in that order.
 
     The manifest's existence says that all others are complete; it lists their sizes and checksums, not its own.
@@ -40,4 +41,6 @@ def write_adapter(directory: Path, *, config: LoraConfig, factors: Mapping[str, 
 def describe(path: Path) -> ResultFile:
     """Return name, size and checksum of a file."""
     with path.open("rb") as file:
-        return ResultFile(name=path.name, size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        return ResultFile(
+            name=path.name, size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest()
+        )

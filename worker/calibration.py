@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from d2lora.errors import NumericalFailure
 from d2lora.initializations import HeldOut, Objective, Sft
-
 from worker.combining import Mixture
 from worker.data import Batch
 from worker.factors import Direction, adapted, calibrated_step
@@ -149,7 +148,7 @@ def first_step(base_losses: Sequence[float], scales: Float[Tensor, " J"], energy
 
 
 def line_search(evaluate: Callable[[float], Trial], first: float, *, evaluations: int) -> Calibration:
-    """Return the best supported step: doubling or halving from ``first`` until bracketed, then one parabola in log eta."""
+    """Return the best supported step: from ``first`` by factors of 2 until bracketed, then one parabola in log eta."""
     trials = [evaluate(first)]
     while len(trials) < evaluations:
         following = _next_step(trials)

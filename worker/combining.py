@@ -49,7 +49,9 @@ def combine(gramian: Float[Tensor, "J J"], combination: Combination, *, names: S
     squared = torch.diagonal(gramian)
     if not torch.isfinite(gramian).all() or not bool((squared > 0).all()):
         bad = [name for name, value in zip(names, squared.tolist(), strict=True) if not value > 0]
-        raise NumericalFailure(f"the gradient of objective {', '.join(bad) or 'any'} is zero or not finite on these rows")
+        raise NumericalFailure(
+            f"the gradient of objective {', '.join(bad) or 'any'} is zero or not finite on these rows"
+        )
     norms = squared.sqrt()
     # Estimated inner products can leave the unit ball by their error, which no weighting is made for.
     cosines = (gramian / torch.outer(norms, norms)).clamp(-1.0, 1.0)

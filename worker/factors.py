@@ -37,7 +37,9 @@ def factorize(
 ) -> dict[str, LowRank]:
     """Return the rank-r direction from all folds, or from all but one."""
     used = [fold for index, fold in enumerate(folds) if index != leave_out]
-    return {name: _sum([fold.layers[name] for fold in used]).factorize(coefficients).cut(rank) for name in used[0].layers}
+    return {
+        name: _sum([fold.layers[name] for fold in used]).factorize(coefficients).cut(rank) for name in used[0].layers
+    }
 
 
 def calibrated_step(direction: Direction, *, eta: float, scaling: float) -> dict[str, Factors]:
@@ -103,4 +105,3 @@ def _sum(parts: Sequence[LayerStatistics]) -> LayerStatistics:
     tensors = [part.tensors() for part in parts]
     summed = {name: torch.stack([one[name] for one in tensors]).sum(0) for name in tensors[0]}
     return type(first).from_tensors(first.shape, getattr(first, "matrices", None), summed)  # type: ignore[arg-type]  # dense gradients have none
-

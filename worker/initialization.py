@@ -6,18 +6,18 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
+from d2lora.datasets import DatasetFile, read_rows
 from torch import nn
 
-from d2lora.datasets import DatasetFile, read_rows
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase, Result, ResultSummary, Sft
 from d2lora.settings import WorkerSettings
-
 from worker.adapters import write_adapter
 from worker.data import Encoded, Example, encode_rows, make_batches
-from worker.factors import Factors, adapted
+from worker.factors import adapted
 from worker.models import BaseModel, load, weight_norm
 from worker.objectives import Scores, needs_prompt, resolve_objectives, row_losses
 from worker.pipeline import BuiltAdapter, OnProgress, build_adapter, pad_token
@@ -47,7 +47,7 @@ def initialize(
     """Write the adapter's files into the existing directory ``out``, ``manifest.json`` last.
 
     Raises:
-        D2LoraError: the request, the rows, the model or the numbers do not allow an adapter; nothing useful is in ``out``.
+        D2LoraError: the request, the rows, the model or the numbers do not allow an adapter; ``out`` has no manifest.
     """
     marks: list[tuple[Phase, float]] = []
 
@@ -178,7 +178,12 @@ def _report(
         dataset_sha256=dataset_sha256,
         eval_dataset_sha256=eval_dataset_sha256,
         spec=spec,
-        rows={"read": encoded.rows_read, "used": len(encoded.examples), "truncated": encoded.truncated, **encoded.dropped},
+        rows={
+            "read": encoded.rows_read,
+            "used": len(encoded.examples),
+            "truncated": encoded.truncated,
+            **encoded.dropped,
+        },
         mean_tokens=_mean_tokens(encoded.examples),
         objectives=[
             ObjectiveReport(type=name, gradient_norm=round_to(norm), weight=round_to(weight), noise_scale=noise)
@@ -232,7 +237,13 @@ def _mean_tokens(examples: Sequence[Example]) -> dict[str, float]:
 def fingerprint(spec: InitializationSpec, *, base_identity: str, dataset_sha256: str, dtype: str) -> str:
     """Return the sha256 over all that decides the adapter; equal requests have equal fingerprints."""
     decisive = spec.model_dump(exclude={"base_model", "revision", "dataset_id", "eval_dataset_id", "metadata"})
-    content = {"spec": decisive, "base": base_identity, "dataset": dataset_sha256, "dtype": dtype, "versions": versions()}
+    content = {
+        "spec": decisive,
+        "base": base_identity,
+        "dataset": dataset_sha256,
+        "dtype": dtype,
+        "versions": versions(),
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -247,7 +258,7 @@ def _context(base: BaseModel, spec: InitializationSpec) -> tuple[int, list[str]]
 def _laps(marks: Sequence[tuple[Phase, float]]) -> dict[str, float]:
     """Return the seconds between marks, added up by the phase that the earlier mark names."""
     seconds: dict[str, float] = {}
-    for (phase, start), (_, end) in zip(marks, marks[1:], strict=False):
+    for (phase, start), (_, end) in pairwise(marks):
         seconds[phase] = seconds.get(phase, 0.0) + end - start
     return {phase: round(value, 3) for phase, value in seconds.items()}
 

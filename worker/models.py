@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from d2lora.errors import ModelNotFound, ModelUnsupported, WeightsUnsafe
 from d2lora.models import HubModel, LocalModel, locate
-
 from worker.logprobs import Head
 
 _HEAD_TOLERANCE = 2e-2
@@ -55,7 +54,9 @@ class BaseModel:
         """What pins the weights: a commit, or a digest of the files."""
         return self.revision or f"sha256:{self.weights_sha256}"
 
-    def hidden_states(self, input_ids: Int[Tensor, "S T"], attention_mask: Int[Tensor, "S T"]) -> Float[Tensor, "S T H"]:
+    def hidden_states(
+        self, input_ids: Int[Tensor, "S T"], attention_mask: Int[Tensor, "S T"]
+    ) -> Float[Tensor, "S T H"]:
         """Return the decoder's last hidden states, which `head` turns into logits."""
         output = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         hidden: Tensor = output.last_hidden_state
@@ -109,7 +110,7 @@ def load(base_model: str, *, revision: str | None, dtype: str, device: str) -> B
             _refuse_encoder_decoder(AutoConfig.from_pretrained(source, **arguments))
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, use_safetensors=True, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
-    model = model.to(target).eval().requires_grad_(False)  # noqa: FBT003
+    model = model.to(target).eval().requires_grad_(False)
     loaded = BaseModel(
         name=base_model,
         revision=getattr(model.config, "_commit_hash", None) if isinstance(place, HubModel) else None,
@@ -161,14 +162,16 @@ def verify_head(base: BaseModel) -> None:
         return  # the pass itself reports where numbers stop being finite
     if ours.shape != theirs.shape or (ours - theirs).abs().max() > _HEAD_TOLERANCE * theirs.abs().max():
         raise ModelUnsupported(
-            f"base_model: {base.name!r} ({type(base.model).__name__}) turns hidden states into logits in a way this version does not know"
+            f"base_model: {base.name!r} ({type(base.model).__name__}) turns hidden states into logits "
+            "in a way that this version does not know"
         )
 
 
 def _refuse_encoder_decoder(config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelUnsupported(
-            f"base_model: {config.model_type!r} is an encoder-decoder; the objectives are defined for decoder-only models"
+            f"base_model: {config.model_type!r} is an encoder-decoder; "
+            "the objectives are defined for decoder-only models"
         )
 
 
@@ -182,7 +185,8 @@ def _translated_errors(base_model: str) -> Iterator[None]:
         if re.search(r"pytorch_model\.bin|safetensors.*(not|no file)", text) and "safetensors" in text:
             raise WeightsUnsafe(f"base_model: {base_model!r} has no safetensors weights") from error
         raise ModelNotFound(
-            f"base_model: {base_model!r} cannot be loaded; it does not exist, the revision is unknown, or the hub is out of reach"
+            f"base_model: {base_model!r} cannot be loaded; "
+            "it does not exist, the revision is unknown, or the hub is out of reach"
         ) from error
     except ValueError as error:
         if "Unrecognized" in str(error) or "not supported" in str(error) or "trust_remote_code" in str(error):
@@ -215,7 +219,8 @@ def _license(place: LocalModel | HubModel) -> str:
 def _card_license(card: Path) -> str | None:
     if not card.exists():
         return None
-    found = re.search(r"\A---\n.*?^license:\s*([\w.\-]+)\s*$", card.read_text(encoding="utf-8", errors="replace"), re.M | re.S)
+    text = card.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"\A---\n.*?^license:\s*([\w.\-]+)\s*$", text, re.MULTILINE | re.DOTALL)
     return found[1] if found else None
 
 

@@ -8,7 +8,7 @@ Shape legend
     R  rows    S  sequences, S = 2R for preference rows (chosen first) and R otherwise
     K  bases   J  objectives
 
-References
+References:
     [1] Rafailov et al. Direct Preference Optimization. 2023. arXiv:2305.18290
     [2] Hong, Lee, Thorne. ORPO: Monolithic Preference Optimization without Reference Model. 2024. arXiv:2403.07691
 """
@@ -233,4 +233,4 @@ def _margin(scores: Scores) -> Float[Tensor, " R"]:
 
 
 def _mean_nll(logps: Float[Tensor, " R"], tokens: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
-    return -logps * (len(tokens) / tokens.sum())
+    return -logps * (len(tokens) / tokens.sum().double())  # an integer tensor would divide in float32

@@ -15,7 +15,6 @@ from torch import nn
 
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase
 from d2lora.settings import WorkerSettings
-
 from worker.calibration import EVALUATIONS, Calibration, calibrate, held_out
 from worker.combining import Mixture, combine, objective_gramian
 from worker.data import Batch, Example, assign_folds, make_batches
@@ -89,7 +88,14 @@ def build_adapter(
     """
     objectives = resolve_objectives(spec.objectives, paired=examples[0].rejected is not None)
     one_pass = gather_statistics(
-        base, targets, spec, examples, bases_of(objectives), settings=settings, directory=directory, on_progress=on_progress
+        base,
+        targets,
+        spec,
+        examples,
+        bases_of(objectives),
+        settings=settings,
+        directory=directory,
+        on_progress=on_progress,
     )
     products = inner_products(one_pass.statistics, len(one_pass.bases))
     mixture, direction = combined_direction(one_pass, products, objectives, spec)
@@ -150,7 +156,9 @@ def gather_statistics(
 
             path = directory / f"fold-{fold}.safetensors"
             own = [batch for batch in batches if batch.fold == fold]
-            save_statistics(gather(base, targets, _empty(targets, spec, bases, matrices), own, bases, on_batch=keep), path)
+            save_statistics(
+                gather(base, targets, _empty(targets, spec, bases, matrices), own, bases, on_batch=keep), path
+            )
             result.statistics.append(load_statistics(path, matrices))
             result.scored.append(scored)
     return result

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from d2lora import __version__
 from d2lora.initializations import Frozen, InitializationSpec, ResultSummary
-
 from worker.sketching import LowRank
 
 
@@ -90,7 +89,7 @@ def layer_report(direction: LowRank, *, eta: float, weight_norm: float) -> Layer
     energy = direction.energy
     return LayerReport(
         singular_values=[round_to(value) for value in direction.values.tolist()],
-        energy_kept=round_to(direction.kept / energy) if energy > 0 else 1.0,
+        energy_kept=round_to(min(1.0, direction.kept / energy)) if energy > 0 else 1.0,
         sketch_error=round_to((direction.missed / energy) ** 0.5) if energy > 0 else 0.0,
         relative_magnitude=round_to(eta * direction.kept**0.5 / weight_norm) if weight_norm > 0 else 0.0,
     )
@@ -135,6 +134,11 @@ def model_card(report: Report) -> str:
     """Return the adapter's README.md: metadata that hubs read, what this is, and the evidence in short."""
     summary = report.summary
     spec = report.spec
+    introduction = (
+        f"A starting point for LoRA fine-tuning of `{report.base_model}` (r = {spec.lora.r}, "
+        f"lora_alpha = {spec.lora.alpha:g}), made by d2lora {__version__} from gradient statistics of "
+        f"{', '.join(summary.objectives)} on {summary.rows_used} rows. It loads on the unmodified base model."
+    )
     lines = [
         "---",
         f"base_model: {report.base_model}",
@@ -145,9 +149,7 @@ def model_card(report: Report) -> str:
         "",
         "# LoRA initialization",
         "",
-        f"A starting point for LoRA fine-tuning of `{report.base_model}` (r = {spec.lora.r}, "
-        f"lora_alpha = {spec.lora.alpha:g}), made by d2lora {__version__} from gradient statistics of "
-        f"{', '.join(summary.objectives)} on {summary.rows_used} rows. It loads on the unmodified base model.",
+        introduction,
         "",
         "```python",
         "from peft import PeftModel",
@@ -163,9 +165,14 @@ def model_card(report: Report) -> str:
         "|---|---|---|---|",
     ]
     lines += [
-        f"| {name} | {value.base:.4f} | {value.adapter:.4f} | {value.rows} |" for name, value in summary.held_out.items()
+        f"| {name} | {value.base:.4f} | {value.adapter:.4f} | {value.rows} |"
+        for name, value in summary.held_out.items()
     ]
     for name, value in (summary.evaluation or {}).items():
         lines.append(f"| {name} (evaluation dataset) | {value.base:.4f} | {value.adapter:.4f} | {value.rows} |")
-    lines += ["", f"Base weights: `{report.base_identity}`. Dataset: `sha256:{report.dataset_sha256}`. Details: `report.json`.", ""]
+    lines += [
+        "",
+        f"Base weights: `{report.base_identity}`. Dataset: `sha256:{report.dataset_sha256}`. Details: `report.json`.",
+        "",
+    ]
     return "\n".join(lines)

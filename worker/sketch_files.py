@@ -26,7 +26,10 @@ def save(statistics: Statistics, path: Path) -> None:
         for name, layer in statistics.layers.items()
         for part, tensor in layer.tensors().items()
     }
-    shapes = {name: [layer.shape.out_features, layer.shape.in_features, layer.shape.width] for name, layer in statistics.layers.items()}
+    shapes = {
+        name: [layer.shape.out_features, layer.shape.in_features, layer.shape.width]
+        for name, layer in statistics.layers.items()
+    }
     kind = "sketch" if isinstance(next(iter(statistics.layers.values())), Sketch) else "exact"
     header = {"format": FORMAT, "kind": kind, "shapes": shapes, "counts": asdict(statistics.counts)}
     save_file(tensors, path, metadata={"d2lora": json.dumps(header)})
@@ -37,7 +40,9 @@ def load(path: Path, matrices: TestMatrices) -> Statistics:
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["d2lora"])
     assert header["format"] == FORMAT, f"statistics of format {header['format']}, this version reads {FORMAT}"
-    layers = _StoredLayers(path, matrices, header["kind"], {name: Shape(*sizes) for name, sizes in header["shapes"].items()})
+    layers = _StoredLayers(
+        path, matrices, header["kind"], {name: Shape(*sizes) for name, sizes in header["shapes"].items()}
+    )
     return Statistics(layers, Counts(**header["counts"]))
 
 

@@ -1,15 +1,15 @@
 """What is kept of each layer's weight gradients: two-sided sketches, or the dense gradients as an oracle.
 
-For a frozen linear layer with inputs X and output gradients D, the gradient of basis k is ``G_k = sum_s a_ks D_s^T X_s``.
-A `Sketch` keeps only products of G_k with two fixed random test matrices, taken while the backward runs; G_k itself
-never exists. Both kinds are linear in the data, so batches, folds and shards merge by addition.
+For a frozen linear layer with inputs X and output gradients D, basis k has ``G_k = sum_s a_ks D_s^T X_s``. A `Sketch`
+keeps only products of G_k with two fixed random test matrices, taken while the backward runs; G_k itself never exists.
+Both kinds are linear in the data, so batches, folds and shards merge by addition.
 
 Shape legend
     S  sequences, T  tokens of a padded sequence, R  rows (S = 2R when rows are chosen/rejected pairs)
     I  in_features, O  out_features; L  the larger of the two, M  the smaller; G is L x M, transposed if I > O
     K  bases, Q  range-sketch width, P  co-range-sketch width, N  rank of a factorization
 
-References
+References:
     [1] Tropp, Yurtsever, Udell, Cevher. Practical sketching algorithms for low-rank matrix approximation. 2017.
         arXiv:1609.00048
 """
@@ -33,25 +33,19 @@ class LowRank:
     values: Float[Tensor, " N"]
     """Descending."""
     right: Float[Tensor, "N I"]
+    energy: float
+    """Squared Frobenius norm of the matrix that was factorized; an unbiased estimate from a sketch."""
     missed: float
-    """Estimate of the squared Frobenius norm of what the sketch could not see; 0 when exact."""
-    dropped: float = 0.0
-    """Squared Frobenius norm of what `cut` left out."""
+    """Estimated squared Frobenius norm of that matrix minus its factorization at full width; 0 when exact."""
 
     @property
     def kept(self) -> float:
         """Squared Frobenius norm of this factorization."""
         return self.values.double().square().sum().item()
 
-    @property
-    def energy(self) -> float:
-        """Estimated squared Frobenius norm of the matrix that was factorized."""
-        return self.kept + self.dropped + self.missed
-
     def cut(self, rank: int) -> "LowRank":
         """Return the best approximation of the given rank."""
-        dropped = self.dropped + self.values[rank:].double().square().sum().item()
-        return LowRank(self.left[:, :rank], self.values[:rank], self.right[:rank], self.missed, dropped)
+        return LowRank(self.left[:, :rank], self.values[:rank], self.right[:rank], self.energy, self.missed)
 
 
 @dataclass(frozen=True)
@@ -133,12 +127,11 @@ class Sketch:
     @staticmethod
     def empty(shape: Shape, bases: int, matrices: TestMatrices) -> "Sketch":
         """Return the sketch of nothing."""
-        zeros = lambda *size: torch.zeros(*size, device=matrices.device)  # noqa: E731  # one line, used twice
         return Sketch(
             shape=shape,
             matrices=matrices,
-            range_sketch=zeros(bases, shape.longer, shape.width),
-            corange_sketch=zeros(bases, shape.corange_width, shape.shorter),
+            range_sketch=torch.zeros(bases, shape.longer, shape.width, device=matrices.device),
+            corange_sketch=torch.zeros(bases, shape.corange_width, shape.shorter, device=matrices.device),
             row_gramian=torch.zeros(bases, bases, dtype=torch.float64, device=matrices.device),
         )
 
@@ -190,7 +183,7 @@ class Sketch:
     def factorize(self, coefficients: Float[Tensor, " K"]) -> LowRank:
         """Return ``sum_k coefficients[k] G_k`` as a rank-Q factorization: [1], algorithm 4; exact if the rank is <= Q.
 
-        What it misses is estimated by what the least-squares fit of the co-range sketch leaves over, which has P - Q degrees of freedom.
+        What it misses is estimated from what the least-squares fit of the co-range sketch leaves over.
         """
         c = coefficients.to(self.range_sketch)
         range_LQ = torch.einsum("k,klq->lq", c, self.range_sketch)
@@ -201,10 +194,16 @@ class Sketch:
         basis_PQ, triangle_QQ = torch.linalg.qr(psi @ q_LQ)
         projected_QM = basis_PQ.T @ corange_PM
         fitted_QM = torch.linalg.solve_triangular(triangle_QQ, projected_QM, upper=True)
-        freedom = self.shape.corange_width - self.shape.width
         left_over = (corange_PM - basis_PQ @ projected_QM).double().square().sum().item()
         rotation_QQ, values, right_QM = torch.linalg.svd(fitted_QM, full_matrices=False)
-        return _oriented(q_LQ @ rotation_QQ, values, right_QM, left_over / freedom if freedom else 0.0, self.shape)
+        return _oriented(
+            q_LQ @ rotation_QQ,
+            values,
+            right_QM,
+            energy=corange_PM.double().square().sum().item() / self.shape.corange_width,
+            missed=left_over * _error_factor(self.shape),
+            shape=self.shape,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums, by name; what `from_tensors` takes."""
@@ -251,7 +250,10 @@ class DenseGradient:
         products_RHH = torch.stack(
             [
                 torch.stack(
-                    [((grads_HRTO[h] @ grads_HRTO[g].mT) * (inputs_HRTI[h] @ inputs_HRTI[g].mT)).sum((1, 2)) for g in range(halves)],
+                    [
+                        ((grads_HRTO[h] @ grads_HRTO[g].mT) * (inputs_HRTI[h] @ inputs_HRTI[g].mT)).sum((1, 2))
+                        for g in range(halves)
+                    ],
                     dim=1,
                 )
                 for h in range(halves)
@@ -271,7 +273,8 @@ class DenseGradient:
         if self.shape.transposed:
             matrix = matrix.T
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        return _oriented(left, values, right, 0.0, self.shape)
+        energy = values.double().square().sum().item()
+        return _oriented(left, values, right, energy=energy, missed=0.0, shape=self.shape)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums, by name; what `from_tensors` takes."""
@@ -286,19 +289,35 @@ class DenseGradient:
 LayerStatistics = Sketch | DenseGradient
 
 
-def weigh_row_products(
-    weights: Float[Tensor, "K H R"], products: Float[Tensor, "R H H"]
-) -> Float[Tensor, "K K"]:
-    """Return the sum over rows of ``<g_rj, g_rk>`` where row r's gradient of basis k is ``sum_h weights[k,h,r] g_rh``."""
+def weigh_row_products(weights: Float[Tensor, "K H R"], products: Float[Tensor, "R H H"]) -> Float[Tensor, "K K"]:
+    """Return the sum over rows of ``<g_rj, g_rk>``, where ``g_rk = sum_h weights[k, h, r] g_rh``."""
     return torch.einsum("jhr,rhg,kgr->jk", weights, products, weights)
 
 
+def _error_factor(shape: Shape) -> float:
+    """Return the expected squared error of the factorization over the squared residual of its least-squares fit.
+
+    The fit has P - Q degrees of freedom, so residual / (P - Q) estimates what lies outside the range sketch; noise
+    inside it adds Q / (P - Q - 1) of that in expectation (theorem 4.3 of [1], for Gaussian test matrices).
+    """
+    freedom = shape.corange_width - shape.width
+    if shape.corange_width == shape.longer or freedom < 2:
+        return 1.0 / shape.longer if shape.corange_width == shape.longer else 1.0
+    return (1 + shape.width / (freedom - 1)) / freedom
+
+
 def _oriented(
-    left: Float[Tensor, "L N"], values: Float[Tensor, " N"], right: Float[Tensor, "N M"], missed: float, shape: Shape
+    left: Float[Tensor, "L N"],
+    values: Float[Tensor, " N"],
+    right: Float[Tensor, "N M"],
+    *,
+    energy: float,
+    missed: float,
+    shape: Shape,
 ) -> LowRank:
     """Undo the transposition, and fix the sign that a singular vector pair leaves open: largest entry of right > 0."""
     if shape.transposed:
         left, right = right.T, left.T
     largest = right.gather(1, right.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0)
-    return LowRank(left * signs.T, values, right * signs, missed)
+    return LowRank(left * signs.T, values, right * signs, energy, missed)

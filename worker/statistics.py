@@ -1,7 +1,8 @@
-"""The pass over the data: one forward and one activations-only backward give the statistics of all objectives (docs/method.md, eq. 1-3).
+"""The pass over the data: one forward and one activations-only backward for all objectives (docs/method.md, eq. 1-3).
 
 A hook on every target layer puts an identity after its output. In the backward the identity sees the gradient of the
-output together with the layer's inputs, and hands both to that layer's `LayerStatistics`. No weight requires a gradient.
+output together with the layer's inputs, and hands both to that layer's `LayerStatistics`. No weight
+requires a gradient.
 
 Shape legend
     S  sequences    T  tokens of a padded sequence    K  bases
@@ -17,7 +18,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from d2lora.errors import NumericalFailure, OutOfMemory
-
 from worker.data import Batch
 from worker.logprobs import sequence_logps, sequence_logps_and_gradient
 from worker.models import BaseModel
@@ -30,7 +30,7 @@ class Statistics:
     """Summed bases of every layer, with what normalizes them."""
 
     layers: Mapping[str, LayerStatistics]
-    counts: Counts = Counts()
+    counts: Counts = field(default_factory=Counts)
 
 
 _Added = tuple[Basis | None, str]
@@ -69,7 +69,7 @@ class _Tap(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # one output only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inputs,) = ctx.saved_tensors
         ctx.record(inputs.detach(), grad)
         return grad, None, None
@@ -81,7 +81,7 @@ def _recording(targets: Mapping[str, nn.Module], recorder: _Recorder) -> Iterato
 
     def tap(name: str) -> Callable[..., Tensor]:
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return _Tap.apply(output, arguments[0], lambda x, d: recorder.record(name, x, d))  # type: ignore[no-any-return]  # untyped in torch
+            return _Tap.apply(output, arguments[0], lambda x, d: recorder.record(name, x, d))
 
         return hook
 

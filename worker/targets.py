@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from d2lora.errors import RankTooLarge, TargetsMissing, TargetUnsupported
 from d2lora.initializations import LoraSpec
-
 from worker.models import layer_sizes
 
 
@@ -19,7 +18,7 @@ def lora_config(model: PreTrainedModel, lora: LoraSpec, *, base_model: str, revi
     """Return PEFT's configuration for the adapter, with ``all-linear`` written out as module names."""
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]  # PEFT divides only
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         target_modules=lora.target_modules,
         use_rslora=lora.use_rslora,
         lora_dropout=0.0,

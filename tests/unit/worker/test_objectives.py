@@ -1,0 +1,134 @@
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2lora.errors import ObjectiveUnavailable
+from d2lora.initializations import Dpo, Orpo, Sft
+from worker.objectives import (
+    Basis,
+    Counts,
+    Scores,
+    bases_of,
+    count,
+    log_odds_ratio,
+    objective_coefficients,
+    resolve_objectives,
+    row_losses,
+    sequence_weights,
+)
+
+ALL = [Sft(), Dpo(beta=0.3), Orpo(beta=0.7)]
+
+
+def random_scores(rows: int, seed: int) -> Scores:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [torch.randint(1, 30, (rows,), generator=generator) for _ in range(3)]
+    logps = [-(0.05 + 3 * torch.rand(rows, generator=generator, dtype=torch.float64)) * t for t in tokens]
+    return Scores(logps[0], tokens[0], logps[1], tokens[1], logps[2], tokens[2])
+
+
+def autograd_sequence_gradient(objective, scores: Scores) -> torch.Tensor:
+    """d mean loss / d (chosen and rejected log-probabilities), by autograd."""
+    chosen = scores.chosen_logps.clone().requires_grad_()
+    rejected = scores.rejected_logps.clone().requires_grad_()
+    moved = dataclasses.replace(scores, chosen_logps=chosen, rejected_logps=rejected)
+    row_losses(objective, moved, scores).mean().backward()
+    return torch.cat([chosen.grad, torch.zeros_like(rejected) if rejected.grad is None else rejected.grad])
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 9), seed=st.integers(0, 10_000))
+def test_the_scalars_are_the_derivatives_of_the_losses(rows, seed):
+    scores = random_scores(rows, seed)
+    bases = bases_of(ALL)
+
+    weights = objective_coefficients(ALL, bases, count(scores)) @ sequence_weights(bases, scores)
+
+    for row, objective in zip(weights, ALL, strict=True):
+        torch.testing.assert_close(row, autograd_sequence_gradient(objective, scores), rtol=1e-9, atol=1e-12)
+
+
+def test_sft_averages_over_tokens_and_not_over_rows():
+    scores = Scores(
+        torch.tensor([-1.0, -30.0], dtype=torch.float64),
+        torch.tensor([1, 10]),
+        torch.zeros(2).double(),
+        torch.tensor([1, 1]),
+    )
+
+    losses = row_losses(Sft(), scores, scores)
+
+    assert losses.mean().item() == pytest.approx(31 / 11)
+
+
+def test_dpo_starts_at_log_two_whatever_the_margin():
+    scores = random_scores(5, 0)
+
+    losses = row_losses(Dpo(beta=0.5), scores, scores)
+
+    torch.testing.assert_close(losses, torch.full((5,), 2.0, dtype=torch.float64).log())
+
+
+def test_dpo_falls_when_the_margin_grows():
+    scores = random_scores(5, 0)
+    better = dataclasses.replace(scores, chosen_logps=scores.chosen_logps + 1)
+
+    change = row_losses(Dpo(), better, scores) - row_losses(Dpo(), scores, scores)
+
+    assert (change < 0).all()
+
+
+@pytest.mark.parametrize("mean_logp", [-1e-9, -1e-5, -0.5, -0.7, -50.0, -800.0])
+def test_the_log_odds_ratio_is_finite_and_antisymmetric_at_the_extremes(mean_logp):
+    one = torch.ones(1, dtype=torch.int64)
+    extreme, middle = torch.tensor([mean_logp], dtype=torch.float64), torch.tensor([-1.0], dtype=torch.float64)
+
+    forth = log_odds_ratio(Scores(extreme, one, middle, one))
+    back = log_odds_ratio(Scores(middle, one, extreme, one))
+
+    assert torch.isfinite(forth).all()
+    torch.testing.assert_close(forth, -back)
+
+
+def test_the_log_odds_ratio_keeps_its_digits_near_certainty():
+    one = torch.ones(1, dtype=torch.int64)
+    certain, even = torch.tensor([-1e-6], dtype=torch.float64), torch.tensor([-(2.0**0.5)], dtype=torch.float64)
+
+    ratio = log_odds_ratio(Scores(certain, one, even, one))
+
+    import mpmath
+
+    mpmath.mp.dps = 40
+    odds = [mpmath.exp(x) / (1 - mpmath.exp(x)) for x in (mpmath.mpf(certain.item()), mpmath.mpf(even.item()))]
+    assert ratio.item() == pytest.approx(float(mpmath.log(odds[0] / odds[1])), rel=1e-12)
+
+
+def test_full_sequence_likelihood_counts_the_prompt_too():
+    scores = random_scores(4, 3)
+
+    losses = row_losses(Orpo(beta=1e-12, nll="full_sequence"), scores, scores)
+
+    total = -(scores.chosen_logps + scores.prompt_logps).sum() / (scores.chosen_tokens + scores.prompt_tokens).sum()
+    assert losses.mean().item() == pytest.approx(total.item(), rel=1e-9)
+
+
+def test_objectives_default_to_all_that_the_rows_allow():
+    assert [o.type for o in resolve_objectives(None, paired=True)] == ["sft", "dpo", "orpo"]
+    assert [o.type for o in resolve_objectives(None, paired=False)] == ["sft"]
+
+
+def test_dpo_on_rows_without_rejected_is_refused_by_name():
+    with pytest.raises(ObjectiveUnavailable, match="dpo"):
+        resolve_objectives([Sft(), Dpo()], paired=False)
+
+
+def test_bases_are_shared_between_objectives():
+    assert bases_of(ALL) == (Basis.LIKELIHOOD, Basis.MARGIN, Basis.ODDS)
+    assert bases_of([Orpo(nll="full_sequence")]) == (Basis.SEQUENCE, Basis.ODDS)
+
+
+def test_counts_add():
+    assert Counts(1, 2, 3) + Counts(10, 20, 30) == Counts(11, 22, 33)

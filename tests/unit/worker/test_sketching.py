@@ -1,0 +1,216 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker.sketching import DenseGradient, LowRank, Shape, Sketch, TestMatrices
+
+CPU = torch.device("cpu")
+
+
+def random_batch(out_features, in_features, *, rows, tokens, seed, paired=True, bases=3):
+    generator = torch.Generator().manual_seed(seed)
+    sequences = rows * (2 if paired else 1)
+    draw = lambda *size: torch.randn(*size, generator=generator)
+    return draw(sequences, tokens, in_features), draw(sequences, tokens, out_features), draw(bases, sequences)
+
+
+def dense(inputs, grads, weights):
+    """G_k = sum_s a_ks D_s^T X_s, in float64."""
+    return torch.einsum("ks,sto,sti->koi", weights.double(), grads.double(), inputs.double())
+
+
+def low_rank_batch(out_features, in_features, rank, *, seed):
+    """A batch whose gradients have at most the given rank: so many tokens, all in one sequence."""
+    inputs, grads, weights = random_batch(out_features, in_features, rows=1, tokens=rank, seed=seed, paired=False)
+    return inputs, grads, weights
+
+
+def reconstruct(factorization: LowRank) -> torch.Tensor:
+    return (factorization.left * factorization.values) @ factorization.right
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sides=st.tuples(st.integers(3, 20), st.integers(3, 20)),
+    rows=st.integers(1, 5),
+    tokens=st.integers(1, 6),
+    paired=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_a_sketch_is_the_product_of_the_gradients_with_its_test_matrices(sides, rows, tokens, paired, seed):
+    shape = Shape(*sides, width=2)
+    matrices = TestMatrices(seed, CPU)
+    inputs, grads, weights = random_batch(*sides, rows=rows, tokens=tokens, seed=seed, paired=paired)
+    sketch = Sketch.empty(shape, 3, matrices)
+
+    sketch.add(inputs, grads, weights, paired=paired)
+
+    gradients = dense(inputs, grads, weights)
+    oriented = gradients.mT if shape.transposed else gradients
+    omega, psi = matrices.omega(shape).double(), matrices.psi(shape).double()
+    torch.testing.assert_close(sketch.range_sketch.double(), oriented @ omega, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sketch.corange_sketch.double(), psi @ oriented, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sides", [(30, 50), (50, 30), (40, 40)])
+def test_a_gradient_of_small_rank_is_recovered_exactly(sides):
+    inputs, grads, weights = low_rank_batch(*sides, rank=5, seed=1)
+    sketch = Sketch.empty(Shape(*sides, width=6), 3, TestMatrices(0, CPU))
+    coefficients = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+
+    sketch.add(inputs, grads, weights, paired=False)
+    result = sketch.factorize(coefficients)
+
+    expected = torch.einsum("k,koi->oi", coefficients, dense(inputs, grads, weights))
+    torch.testing.assert_close(reconstruct(result).double(), expected, rtol=1e-3, atol=1e-4 * expected.norm().item())
+    assert result.missed < 1e-8 * result.energy
+
+
+def test_the_exact_mode_gives_the_dense_singular_value_decomposition():
+    inputs, grads, weights = random_batch(12, 30, rows=4, tokens=5, seed=2)
+    layer = DenseGradient.empty(Shape(12, 30, width=4), 3, TestMatrices(0, CPU))
+    coefficients = torch.tensor([0.3, 1.0, -1.0], dtype=torch.float64)
+
+    layer.add(inputs, grads, weights, paired=True)
+    result = layer.factorize(coefficients)
+
+    expected = torch.einsum("k,koi->oi", coefficients, dense(inputs, grads, weights))
+    torch.testing.assert_close(reconstruct(result).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result.values.double(), torch.linalg.svdvals(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Sketch, DenseGradient])
+def test_factors_are_orthonormal_with_a_fixed_sign(kind):
+    inputs, grads, weights = random_batch(20, 33, rows=4, tokens=5, seed=3)
+    layer = kind.empty(Shape(20, 33, width=6), 3, TestMatrices(0, CPU))
+    layer.add(inputs, grads, weights, paired=True)
+
+    result = layer.factorize(torch.ones(3, dtype=torch.float64))
+    flipped = layer.factorize(-torch.ones(3, dtype=torch.float64))
+
+    size = len(result.values)
+    torch.testing.assert_close(result.left.T @ result.left, torch.eye(size), rtol=0, atol=1e-5)
+    torch.testing.assert_close(result.right @ result.right.T, torch.eye(size), rtol=0, atol=1e-5)
+    largest = result.right.gather(1, result.right.abs().argmax(1, keepdim=True))
+    assert (largest > 0).all()
+    torch.testing.assert_close(reconstruct(flipped), -reconstruct(result), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Sketch, DenseGradient])
+def test_sums_do_not_depend_on_how_rows_are_cut_into_batches(kind):
+    inputs, grads, weights = random_batch(16, 24, rows=6, tokens=4, seed=4)
+    whole, parts = (kind.empty(Shape(16, 24, width=4), 3, TestMatrices(0, CPU)) for _ in range(2))
+
+    whole.add(inputs, grads, weights, paired=True)
+    for rows in (torch.tensor([0]), torch.tensor([1, 2, 3]), torch.tensor([4, 5])):
+        both = torch.cat([rows, rows + 6])
+        parts.add(inputs[both], grads[both], weights[:, both], paired=True)
+
+    for name, tensor in whole.tensors().items():
+        torch.testing.assert_close(parts.tensors()[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_processed_in_several_chunks_give_the_same_sums(monkeypatch):
+    inputs, grads, weights = random_batch(16, 24, rows=7, tokens=4, seed=4)
+    whole, chunked = (Sketch.empty(Shape(16, 24, width=4), 3, TestMatrices(0, CPU)) for _ in range(2))
+
+    whole.add(inputs, grads, weights, paired=True)
+    monkeypatch.setattr("worker.sketching._TRANSIENT_ELEMENTS", 1)
+    chunked.add(inputs, grads, weights, paired=True)
+
+    for name, tensor in whole.tensors().items():
+        torch.testing.assert_close(chunked.tensors()[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_the_row_gramian_sums_the_inner_products_of_each_rows_own_gradients(paired):
+    inputs, grads, weights = random_batch(10, 14, rows=5, tokens=4, seed=5, paired=paired)
+    layer = DenseGradient.empty(Shape(10, 14, width=4), 3, TestMatrices(0, CPU))
+
+    layer.add(inputs, grads, weights, paired=paired)
+
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    for row in range(5):
+        own = [row, row + 5] if paired else [row]
+        gradients = dense(inputs[own], grads[own], weights[:, own])
+        expected += torch.einsum("joi,koi->jk", gradients, gradients)
+    torch.testing.assert_close(layer.row_gramian, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_full_co_range_sketch_gives_exact_inner_products():
+    inputs, grads, weights = random_batch(9, 14, rows=5, tokens=4, seed=6)
+    shape = Shape(9, 14, width=7)
+    sketch, exact = (kind.empty(shape, 3, TestMatrices(0, CPU)) for kind in (Sketch, DenseGradient))
+
+    for layer in (sketch, exact):
+        layer.add(inputs, grads, weights, paired=True)
+
+    assert shape.corange_width == shape.longer
+    torch.testing.assert_close(sketch.inner_products(sketch), exact.inner_products(exact), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(sketch.row_gramian, exact.row_gramian, rtol=1e-4, atol=1e-3)
+
+
+def test_inner_products_are_unbiased_over_seeds():
+    inputs, grads, weights = random_batch(20, 60, rows=3, tokens=4, seed=7)
+    shape = Shape(20, 60, width=3)
+    exact = torch.einsum("joi,koi->jk", dense(inputs, grads, weights), dense(inputs, grads, weights))
+
+    estimates = []
+    for seed in range(300):
+        sketch = Sketch.empty(shape, 3, TestMatrices(seed, CPU))
+        sketch.add(inputs, grads, weights, paired=True)
+        estimates.append(sketch.inner_products(sketch))
+    estimates = torch.stack(estimates)
+
+    error = estimates.std(0) / 300**0.5
+    assert ((estimates.mean(0) - exact).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_missed_energy_is_estimated_within_a_factor_of_two(seed):
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = 0.8 ** torch.arange(40)
+    left, right = (torch.linalg.qr(torch.randn(80, 40, generator=generator))[0] for _ in range(2))
+    inputs, grads = (right * spectrum).T[None], left.T[None]
+    sketch = Sketch.empty(Shape(80, 80, width=8), 1, TestMatrices(0, CPU))
+
+    sketch.add(inputs.contiguous(), grads.contiguous(), torch.ones(1, 1), paired=False)
+    result = sketch.factorize(torch.ones(1, dtype=torch.float64))
+
+    truth = (reconstruct(result) - (left * spectrum) @ right.T).square().sum().item()
+    assert 0.5 * truth < result.missed < 2 * truth
+
+
+def test_the_same_seed_gives_the_same_matrices_and_another_gives_others():
+    shape = Shape(12, 20, width=3)
+
+    first, again, other = (TestMatrices(seed, CPU).omega(shape) for seed in (5, 5, 6))
+
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+
+
+def test_memory_that_runs_out_in_the_middle_of_an_update_leaves_the_sums_as_they_were(monkeypatch):
+    inputs, grads, weights = random_batch(16, 24, rows=7, tokens=4, seed=4)
+    sketch = Sketch.empty(Shape(16, 24, width=4), 3, TestMatrices(0, CPU))
+    sketch.add(inputs, grads, weights, paired=True)
+    before = {name: tensor.clone() for name, tensor in sketch.tensors().items()}
+
+    def fail(*_arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("worker.sketching.weigh_row_products", fail)
+    with pytest.raises(MemoryError):
+        sketch.add(inputs, grads, weights, paired=True)
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sketch.tensors().items())
+
+
+def test_cutting_keeps_the_largest_values_and_what_is_known_of_the_whole():
+    full = LowRank(torch.eye(5)[:, :3], torch.tensor([3.0, 2.0, 1.0]), torch.eye(4)[:3], energy=14.5, missed=0.25)
+
+    cut = full.cut(1)
+
+    assert cut.kept == pytest.approx(9.0)
+    assert (cut.energy, cut.missed) == (14.5, 0.25)

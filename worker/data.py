@@ -1,0 +1,325 @@
+"""From rows to token batches, tokenized once for all objectives as TRL's DPO and SFT trainers do.
+
+The prompt is tokenized alone and together with each completion; the completion begins where the token sequences
+part. Plain strings end with the end-of-sequence token, conversations go through the model's own chat template.
+
+Truncation: a sequence longer than ``max_length`` loses tokens at its end. A row is dropped when its prompt alone
+fills ``max_length``, when nothing is left to learn from, or when truncation makes chosen and rejected equal; all of
+it is counted, nothing is silent.
+
+Shape legend
+    S  sequences (chosen first, then rejected)    T  tokens of the longest sequence in the batch
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from d2lora.errors import RequestInvalid, RowsTooLong
+from d2lora.rows import Message, MessagesRow, PreferenceRow, PromptCompletionRow, Row, Text, TextRow
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """A prompt and a completion as one sequence."""
+
+    input_ids: list[int]
+    completion_mask: list[bool]
+    """True where a token is learned; never at the first position, which nothing predicts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row, ready for the model."""
+
+    digest: str
+    """sha256 over the tokens and masks; equal rows have equal digests."""
+    chosen: TokenSequence
+    rejected: TokenSequence | None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer sequence."""
+        return max(len(self.chosen.input_ids), len(self.rejected.input_ids) if self.rejected else 0)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """All rows of a dataset, and what became of those that are not among them."""
+
+    examples: list[Example]
+    rows_read: int
+    truncated: int
+    dropped: dict[str, int]
+    """Reason -> number of rows."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one fold, padded on the right."""
+
+    input_ids: Int[Tensor, "S T"]
+    attention_mask: Int[Tensor, "S T"]
+    completion_mask: Bool[Tensor, "S T"]
+    paired: bool
+    """True: the first half of the sequences are chosen, the second half the same rows' rejected ones."""
+    rows: tuple[int, ...]
+    """Indices into the examples."""
+    fold: int
+
+    def halves(self) -> tuple["Batch", "Batch"]:
+        """Return the batch in two parts by rows; a pair stays together."""
+        middle = len(self.rows) // 2
+        return self._part(range(middle)), self._part(range(middle, len(self.rows)))
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device."""
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.completion_mask.to(device),
+            self.paired,
+            self.rows,
+            self.fold,
+        )
+
+    def _part(self, rows: range) -> "Batch":
+        index = [*rows, *(len(self.rows) + row for row in rows)] if self.paired else [*rows]
+        return Batch(
+            self.input_ids[index],
+            self.attention_mask[index],
+            self.completion_mask[index],
+            self.paired,
+            tuple(self.rows[row] for row in rows),
+            self.fold,
+        )
+
+
+def encode_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Encoded:
+    """Return the rows as tokens.
+
+    Raises:
+        RequestInvalid: conversations, but the model has no chat template or its template refuses them.
+        RowsTooLong: no row is left.
+        DatasetInvalid: from the iterator itself.
+    """
+    examples, truncated, read = [], 0, 0
+    dropped: Counter[str] = Counter()
+    for number, row in enumerate(rows, start=1):
+        read = number
+        sequences = _sequences(row, tokenizer, number)
+        cut = [_cut(sequence, max_length) for sequence in sequences]
+        reason = _why_drop(cut)
+        if reason is not None:
+            dropped[reason] += 1
+            continue
+        truncated += any(len(sequence.input_ids) > max_length for sequence in sequences)
+        rejected = cut[1] if len(cut) == 2 else None
+        examples.append(Example(_digest(cut), cut[0], rejected))
+    if not examples:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise RowsTooLong(f"no row of {read} is left at max_length {max_length} ({reasons}); raise max_length")
+    return Encoded(examples, read, truncated, dict(dropped))
+
+
+def assign_folds(examples: Sequence[Example], *, folds: int, seed: int) -> list[int]:
+    """Return every example's fold: the rank of hash(seed, content) modulo the number of folds.
+
+    Equal rows share a fold, so that no row is held out from its own copy, and the order of rows changes nothing.
+    """
+    distinct = sorted(
+        {example.digest for example in examples},
+        key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest(),
+    )
+    fold_of = {digest: rank % folds for rank, digest in enumerate(distinct)}
+    return [fold_of[example.digest] for example in examples]
+
+
+def make_batches(
+    examples: Sequence[Example], folds: Sequence[int], *, max_tokens: int, pad_token_id: int
+) -> list[Batch]:
+    """Return batches of one fold each, of similar lengths, with at most ``max_tokens`` padded tokens.
+
+    A row that is longer alone makes a batch of its own. Rows are sorted by length and content, so the batches do not
+    depend on the order of the dataset.
+    """
+    batches = []
+    for fold in sorted(set(folds)):
+        own = [index for index, of in enumerate(folds) if of == fold]
+        own.sort(key=lambda index: (examples[index].length, examples[index].digest))
+        current: list[int] = []
+        for index in own:
+            sequences = (len(current) + 1) * (2 if examples[index].rejected else 1)
+            if current and sequences * examples[index].length > max_tokens:
+                batches.append(_batch(examples, current, fold, pad_token_id))
+                current = []
+            current.append(index)
+        batches.append(_batch(examples, current, fold, pad_token_id))
+    return batches
+
+
+def _sequences(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> list[TokenSequence]:
+    """Return the chosen sequence and, for preferences, the rejected one, at full length."""
+    match row:
+        case TextRow(text=text):
+            ids = _tokenize(tokenizer, _with_end(text, tokenizer))
+            return [_masked(ids, 1)]
+        case PromptCompletionRow(prompt=prompt, completion=completion):
+            return _after_prompt(prompt, [completion], tokenizer, _template(row), number)
+        case PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected):
+            if prompt is None:
+                prompt, chosen, rejected = _implicit_prompt(chosen, rejected)
+            return _after_prompt(prompt, [chosen, rejected], tokenizer, _template(row), number)
+        case MessagesRow(messages=messages):
+            return [_conversation(messages, tokenizer, _template(row), number)]
+        case _:
+            assert_never(row)
+
+
+def _template(row: PromptCompletionRow | PreferenceRow | MessagesRow) -> dict[str, Any]:
+    return {"tools": row.tools, **(row.chat_template_kwargs or {})}
+
+
+def _after_prompt(
+    prompt: Text, completions: list[Text], tokenizer: PreTrainedTokenizerBase, template: dict[str, Any], number: int
+) -> list[TokenSequence]:
+    if isinstance(prompt, str):
+        prompt_ids = _tokenize(tokenizer, prompt)
+        wholes = [_tokenize(tokenizer, prompt + _with_end(str(text), tokenizer)) for text in completions]
+    else:
+        prompt_ids = _apply_template(tokenizer, prompt, template, number, add_generation_prompt=_is_users_turn(prompt))
+        wholes = [_apply_template(tokenizer, [*prompt, *text], template, number) for text in completions]  # type: ignore[misc]  # one form per row
+    start = min(_common_prefix(prompt_ids, whole) for whole in wholes)
+    return [_masked(whole, start) for whole in wholes]
+
+
+def _implicit_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
+    """Return what two completions begin with, and the rest of each; a space goes to the completions."""
+    shared = _common_prefix(chosen, rejected)
+    # One is the other's beginning: something has to remain of it.
+    shared = min(shared, min(len(chosen), len(rejected)) - 1)
+    if shared and chosen[shared - 1] == " ":
+        shared -= 1
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _conversation(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, template: dict[str, Any], number: int
+) -> TokenSequence:
+    """Return a conversation whose assistant turns are learned.
+
+    A template with generation blocks marks them itself. Otherwise each turn is what a conversation that ends with it
+    has more than one that ends before it, with the prompt for a reply counted to the latter.
+    """
+    if "{% generation" in str(getattr(tokenizer, "chat_template", "")) or "{%- generation" in str(
+        getattr(tokenizer, "chat_template", "")
+    ):
+        encoded = _apply_template(tokenizer, messages, template, number, with_mask=True)
+        ids, mask = list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
+        return TokenSequence(ids, [False, *mask[1:]])
+    ids = _apply_template(tokenizer, messages, template, number)
+    mask = [False] * len(ids)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = (
+            _apply_template(tokenizer, messages[:turn], template, number, add_generation_prompt=True) if turn else []
+        )
+        after = _apply_template(tokenizer, messages[: turn + 1], template, number)
+        start, end = _common_prefix(before, ids), _common_prefix(after, ids)
+        mask[start:end] = [True] * max(0, end - start)
+    return TokenSequence(ids, [False, *mask[1:]])
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    template: dict[str, Any],
+    number: int,
+    *,
+    add_generation_prompt: bool = False,
+    with_mask: bool = False,
+) -> Any:
+    """Return token ids, or the whole encoding with assistant masks."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise RequestInvalid("base_model: it has no chat template, and the rows are conversations; use plain strings")
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=with_mask,
+            **template,
+        )
+    except Exception as error:  # templates raise whatever their author chose
+        raise RequestInvalid(f"row {number}: the model's chat template refuses the conversation") from error
+    return encoded if with_mask else list(encoded["input_ids"])
+
+
+def _is_users_turn(prompt: list[Message]) -> bool:
+    """Whether a reply is due; a prompt that ends in an assistant's beginning is continued instead."""
+    return prompt[-1]["role"] != "assistant"
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def _with_end(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    end = tokenizer.eos_token
+    return text if not isinstance(end, str) or text.endswith(end) else text + end
+
+
+def _masked(ids: list[int], start: int) -> TokenSequence:
+    start = max(start, 1)
+    return TokenSequence(ids, [False] * min(start, len(ids)) + [True] * max(0, len(ids) - start))
+
+
+def _cut(sequence: TokenSequence, max_length: int) -> TokenSequence:
+    return TokenSequence(sequence.input_ids[:max_length], sequence.completion_mask[:max_length])
+
+
+def _why_drop(sequences: list[TokenSequence]) -> str | None:
+    if not all(any(sequence.completion_mask) for sequence in sequences):
+        return "prompt_fills_max_length"
+    if len(sequences) == 2 and sequences[0].input_ids == sequences[1].input_ids:
+        return "chosen_equals_rejected_as_tokens"
+    return None
+
+
+def _digest(sequences: list[TokenSequence]) -> str:
+    content = [(sequence.input_ids, sequence.completion_mask) for sequence in sequences]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def _common_prefix(left: Sequence[Any], right: Sequence[Any]) -> int:
+    length = 0
+    for one, other in zip(left, right, strict=False):
+        if one != other:
+            break
+        length += 1
+    return length
+
+
+def _batch(examples: Sequence[Example], rows: Sequence[int], fold: int, pad_token_id: int) -> Batch:
+    chosen = [examples[row].chosen for row in rows]
+    rejected = [sequence for row in rows if (sequence := examples[row].rejected) is not None]
+    sequences = chosen + rejected
+    size = (len(sequences), max(len(sequence.input_ids) for sequence in sequences))
+    input_ids = torch.full(size, pad_token_id)
+    attention_mask = torch.zeros(size, dtype=torch.int64)
+    completion_mask = torch.zeros(size, dtype=torch.bool)
+    for index, sequence in enumerate(sequences):
+        length = len(sequence.input_ids)
+        input_ids[index, :length] = torch.tensor(sequence.input_ids)
+        attention_mask[index, :length] = 1
+        completion_mask[index, :length] = torch.tensor(sequence.completion_mask)
+    return Batch(input_ids, attention_mask, completion_mask, bool(rejected), tuple(rows), fold)
