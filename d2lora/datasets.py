@@ -14,6 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from pydantic import Field
+
 from d2lora.errors import DatasetEmpty, DatasetEncodingInvalid, DatasetInvalid, DatasetSyntaxInvalid
 from d2lora.initializations import Frozen
 from d2lora.rows import Row, RowSchema, columns_known, normalize, parse_row, schema_of
@@ -84,7 +86,7 @@ class Dataset(DatasetSummary):
     object: Literal["dataset"] = "dataset"
     created_at: datetime
     format: Format
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default={})
 
 
 def read_rows(file: DatasetFile, limits: DatasetLimits | None = None) -> Iterator[Row]:

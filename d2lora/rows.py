@@ -121,13 +121,7 @@ def parse_row(record: Mapping[str, Any], schema: RowSchema | None, number: int) 
     """
     own = schema_of(record)
     if own is None:
-        # A row of the dataset's kind with one column empty is told about that column, not about its kind.
-        for name in _COLUMNS[schema] if schema else ():
-            if name in record and name != "prompt":
-                _completion(record[name], name, number)
-        wanted = "; ".join(" and ".join(names) for names in _COLUMNS.values())
-        names = ", ".join(sorted(map(str, record))) or "none"
-        raise SchemaUnknown(f"columns {names[:200]} fit no kind of row ({wanted}); give a column mapping", row=number)
+        raise _no_schema(record, schema, number)
     if schema is not None and own is not schema:
         raise SchemaMixed(f"this row is {own}, the rows before it are {schema}", row=number)
     extras: dict[str, Any] = {
@@ -152,6 +146,18 @@ def parse_row(record: Mapping[str, Any], schema: RowSchema | None, number: int) 
             return PromptCompletionRow(prompt, completion, **extras)
         case RowSchema.PREFERENCE:
             return _preference(record, extras, number)
+
+
+def _no_schema(record: Mapping[str, Any], schema: RowSchema | None, number: int) -> DatasetInvalid:
+    """Return what is wrong with a record that fits no kind of row."""
+    if schema is not None:
+        # A row of the dataset's kind with one column empty is told about that column, not about its kind.
+        for name in _COLUMNS[schema]:
+            if name in record and record[name] is None:
+                return DatasetInvalid("is null", row=number, field=name)
+    wanted = "; ".join(" and ".join(names) for names in _COLUMNS.values())
+    names = ", ".join(sorted(map(str, record))) or "none"
+    return SchemaUnknown(f"columns {names[:200]} fit no kind of row ({wanted}); give a column mapping", row=number)
 
 
 def _preference(record: Mapping[str, Any], extras: dict[str, Any], number: int) -> PreferenceRow:

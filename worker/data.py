@@ -12,6 +12,7 @@ Shape legend
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -194,8 +195,8 @@ def _after_prompt(
         prompt_ids = _tokenize(tokenizer, prompt)
         wholes = [_tokenize(tokenizer, prompt + _with_end(str(text), tokenizer)) for text in completions]
     else:
-        prompt_ids = _apply_template(tokenizer, prompt, template, number, add_generation_prompt=_is_users_turn(prompt))
-        wholes = [_apply_template(tokenizer, [*prompt, *text], template, number) for text in completions]  # type: ignore[misc]  # one form per row
+        prompt_ids = _apply_template(tokenizer, prompt, template, number, add_generation_prompt=True)
+        wholes = [_apply_template(tokenizer, [*prompt, *text], template, number) for text in completions]
     start = min(_common_prefix(prompt_ids, whole) for whole in wholes)
     return [_masked(whole, start) for whole in wholes]
 
@@ -218,9 +219,7 @@ def _conversation(
     A template with generation blocks marks them itself. Otherwise each turn is what a conversation that ends with it
     has more than one that ends before it, with the prompt for a reply counted to the latter.
     """
-    if "{% generation" in str(getattr(tokenizer, "chat_template", "")) or "{%- generation" in str(
-        getattr(tokenizer, "chat_template", "")
-    ):
+    if re.search(r"\{%-?\s*generation", str(tokenizer.chat_template)):
         encoded = _apply_template(tokenizer, messages, template, number, with_mask=True)
         ids, mask = list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
         return TokenSequence(ids, [False, *mask[1:]])
@@ -262,11 +261,6 @@ def _apply_template(
     except Exception as error:  # templates raise whatever their author chose
         raise RequestInvalid(f"row {number}: the model's chat template refuses the conversation") from error
     return encoded if with_mask else list(encoded["input_ids"])
-
-
-def _is_users_turn(prompt: list[Message]) -> bool:
-    """Whether a reply is due; a prompt that ends in an assistant's beginning is continued instead."""
-    return prompt[-1]["role"] != "assistant"
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

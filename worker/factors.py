@@ -37,9 +37,7 @@ def factorize(
 ) -> dict[str, LowRank]:
     """Return the rank-r direction from all folds, or from all but one."""
     used = [fold for index, fold in enumerate(folds) if index != leave_out]
-    return {
-        name: _sum([fold.layers[name] for fold in used]).factorize(coefficients).cut(rank) for name in used[0].layers
-    }
+    return {name: _sum([fold.layers[name] for fold in used]).factorize(coefficients, rank) for name in used[0].layers}
 
 
 def calibrated_step(direction: Direction, *, eta: float, scaling: float) -> dict[str, Factors]:

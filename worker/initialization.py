@@ -10,9 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-from d2lora.datasets import DatasetFile, read_rows
 from torch import nn
 
+from d2lora.datasets import DatasetFile, read_rows
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase, Result, ResultSummary, Sft
 from d2lora.settings import WorkerSettings
 from worker.adapters import write_adapter
@@ -64,8 +64,9 @@ def initialize(
     timed(Phase.READING, 0, 1)
     max_length, warnings = _context(base, spec)
     encoded = encode_rows(read_rows(dataset), base.tokenizer, max_length=max_length)
-    encoded_eval = eval_dataset and encode_rows(read_rows(eval_dataset), base.tokenizer, max_length=max_length)
-    if encoded_eval:
+    encoded_eval = None
+    if eval_dataset is not None:
+        encoded_eval = encode_rows(read_rows(eval_dataset), base.tokenizer, max_length=max_length)
         # Before the pass, so that an evaluation that cannot be made costs nothing.
         resolve_objectives(spec.objectives, paired=encoded_eval.examples[0].rejected is not None)
     timed(Phase.READING, 1, 1)
@@ -74,9 +75,9 @@ def initialize(
         built = build_adapter(
             base, targets, spec, encoded.examples, settings=settings, directory=Path(directory), on_progress=timed
         )
-    evaluation = encoded_eval and evaluate(
-        base, targets, spec, built, encoded_eval.examples, settings=settings, on_progress=timed
-    )
+    evaluation = None
+    if encoded_eval is not None:
+        evaluation = evaluate(base, targets, spec, built, encoded_eval.examples, settings=settings, on_progress=timed)
     timed(Phase.PUBLISHING, 0, 1)
     report = _report(
         base,

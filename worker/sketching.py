@@ -36,7 +36,7 @@ class LowRank:
     energy: float
     """Squared Frobenius norm of the matrix that was factorized; an unbiased estimate from a sketch."""
     missed: float
-    """Estimated squared Frobenius norm of that matrix minus its factorization at full width; 0 when exact."""
+    """Estimated squared Frobenius norm of what the sketch could not represent, before the cut; 0 when exact."""
 
     @property
     def kept(self) -> float:
@@ -180,9 +180,11 @@ class Sketch:
         products = torch.einsum("jpm,kpm->jk", self.corange_sketch, other.corange_sketch)
         return products.double() / self.shape.corange_width
 
-    def factorize(self, coefficients: Float[Tensor, " K"]) -> LowRank:
-        """Return ``sum_k coefficients[k] G_k`` as a rank-Q factorization: [1], algorithm 4; exact if the rank is <= Q.
+    def factorize(self, coefficients: Float[Tensor, " K"], rank: int) -> LowRank:
+        """Return the best rank-r part of ``sum_k coefficients[k] G_k``: [1], algorithm 4; exact if its rank is <= r.
 
+        Unlike [1], only the 2 r leading directions of the range sketch enter the least-squares fit: the others carry
+        little of the best rank r, and each one adds the fit's noise (measured in docs/log.md).
         What it misses is estimated from what the least-squares fit of the co-range sketch leaves over.
         """
         c = coefficients.to(self.range_sketch)
@@ -190,7 +192,8 @@ class Sketch:
         corange_PM = torch.einsum("k,kpm->pm", c, self.corange_sketch)
         psi = self.matrices.psi(self.shape)
 
-        q_LQ, _ = torch.linalg.qr(range_LQ)
+        width = min(self.shape.width, 2 * rank)
+        q_LQ = torch.linalg.svd(range_LQ, full_matrices=False).U[:, :width]
         basis_PQ, triangle_QQ = torch.linalg.qr(psi @ q_LQ)
         projected_QM = basis_PQ.T @ corange_PM
         fitted_QM = torch.linalg.solve_triangular(triangle_QQ, projected_QM, upper=True)
@@ -201,9 +204,9 @@ class Sketch:
             values,
             right_QM,
             energy=corange_PM.double().square().sum().item() / self.shape.corange_width,
-            missed=left_over * _error_factor(self.shape),
+            missed=left_over * _error_factor(self.shape, width),
             shape=self.shape,
-        )
+        ).cut(rank)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums, by name; what `from_tensors` takes."""
@@ -267,14 +270,14 @@ class DenseGradient:
         """Return ``<G_j, G'_k>``; float64."""
         return torch.einsum("joi,koi->jk", self.gradients.double(), other.gradients.double())
 
-    def factorize(self, coefficients: Float[Tensor, " K"]) -> LowRank:
-        """Return ``sum_k coefficients[k] G_k`` as a full singular value decomposition."""
+    def factorize(self, coefficients: Float[Tensor, " K"], rank: int) -> LowRank:
+        """Return the best rank-r part of ``sum_k coefficients[k] G_k`` by a full singular value decomposition."""
         matrix = torch.einsum("k,koi->oi", coefficients.to(self.gradients), self.gradients)
         if self.shape.transposed:
             matrix = matrix.T
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         energy = values.double().square().sum().item()
-        return _oriented(left, values, right, energy=energy, missed=0.0, shape=self.shape)
+        return _oriented(left, values, right, energy=energy, missed=0.0, shape=self.shape).cut(rank)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums, by name; what `from_tensors` takes."""
@@ -294,16 +297,16 @@ def weigh_row_products(weights: Float[Tensor, "K H R"], products: Float[Tensor, 
     return torch.einsum("jhr,rhg,kgr->jk", weights, products, weights)
 
 
-def _error_factor(shape: Shape) -> float:
+def _error_factor(shape: Shape, width: int) -> float:
     """Return the expected squared error of the factorization over the squared residual of its least-squares fit.
 
-    The fit has P - Q degrees of freedom, so residual / (P - Q) estimates what lies outside the range sketch; noise
-    inside it adds Q / (P - Q - 1) of that in expectation (theorem 4.3 of [1], for Gaussian test matrices).
+    A fit of w directions has P - w degrees of freedom, so residual / (P - w) estimates what lies outside them; noise
+    inside adds w / (P - w - 1) of that in expectation (theorem 4.3 of [1], for Gaussian test matrices).
     """
-    freedom = shape.corange_width - shape.width
-    if shape.corange_width == shape.longer or freedom < 2:
-        return 1.0 / shape.longer if shape.corange_width == shape.longer else 1.0
-    return (1 + shape.width / (freedom - 1)) / freedom
+    if shape.corange_width == shape.longer:
+        return 1.0 / shape.longer  # psi is a multiple of an orthogonal matrix, and the fit has no noise
+    freedom = shape.corange_width - width
+    return (1 + width / (freedom - 1)) / freedom
 
 
 def _oriented(
