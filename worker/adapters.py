@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from d2lora.initializations import ResultFile
 from worker.factors import Factors
@@ -26,7 +26,7 @@ def write_adapter(
     for name, layer in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.cpu().contiguous()
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    (directory / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     config.save_pretrained(str(directory))
     (directory / "README.md").write_text(model_card(report), encoding="utf-8")
     (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")

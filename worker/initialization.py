@@ -1,18 +1,22 @@
 """One initialization from files to files: load, read, build, evaluate, write."""
 
+import errno
 import hashlib
 import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
+from safetensors import SafetensorError
 from torch import nn
 
 from d2lora.datasets import DatasetFile, read_rows
+from d2lora.errors import OutOfMemory, StorageFull
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase, Result, ResultSummary, Sft
 from d2lora.settings import WorkerSettings
 from worker.adapters import write_adapter
@@ -31,10 +35,26 @@ from worker.report import (
     round_to,
     versions,
 )
-from worker.statistics import score
+from worker.statistics import is_out_of_memory, score
 from worker.targets import lora_config, resolve_targets
 
 
+@contextmanager
+def _translated_errors() -> Iterator[None]:
+    """Turn exhausted memory and disks into our errors, whichever library noticed."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or "os error 28" in str(error):
+            raise StorageFull("no room left for statistics or adapter; free space and run again") from error
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory("memory is used up; lower max_tokens_per_batch or r, or use a larger machine") from error
+        raise
+
+
+@_translated_errors()
 def initialize(
     spec: InitializationSpec,
     dataset: DatasetFile,

@@ -1,5 +1,6 @@
 """Which layers get LoRA: PEFT's own matching, and a refusal where a match would give a wrong adapter."""
 
+import copy
 import re
 from collections.abc import Mapping
 
@@ -34,7 +35,7 @@ def lora_config(model: PreTrainedModel, lora: LoraSpec, *, base_model: str, revi
 
 
 def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Module]:
-    """Return the target layers by name, in the order of the model's modules.
+    """Return the target layers by name, in the order of the model's modules; ``config`` is completed to match.
 
     Raises:
         TargetsMissing: nothing matches.
@@ -72,11 +73,20 @@ def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.
             "lora.target_modules: Linear and Conv1D layers in one adapter; PEFT has one fan_in_fan_out for all"
         )
     config.fan_in_fan_out = kinds == {True}
+    config.target_modules = _written_out(model, config, set(matched))
     return matched
 
 
 def _matches(config: LoraConfig, name: str) -> bool:
     return bool(check_target_module_exists(config, name))
+
+
+def _written_out(model: PreTrainedModel, config: LoraConfig, matched: set[str]) -> list[str]:
+    """Return target_modules in a fixed order: the modules' last names if those match the same, else their full names."""
+    short = copy.copy(config)
+    short.target_modules = {name.rsplit(".", 1)[-1] for name in matched}
+    same = {name for name, _ in model.named_modules() if name and _matches(short, name)} == matched
+    return sorted(short.target_modules if same else matched)
 
 
 def _why_not_linear(name: str, module: nn.Module) -> str:
