@@ -26,6 +26,8 @@
     │       ├── TargetsMissing      422  nothing matches
     │       ├── TargetUnsupported   422  a match that cannot carry LoRA correctly
     │       └── RankTooLarge        422  r above min(in_features, out_features)
+    ├── ServiceUnreachable          503  the client cannot reach the service
+    ├── UnknownProblem                   a code that this version of the client does not know
     └── JobError                    500  the job itself failed
         ├── NumericalFailure        500  a NaN or an infinity, with the layer
         ├── OutOfMemory             500  one row alone does not fit
@@ -219,6 +221,10 @@ class RankTooLarge(TargetInvalid):
     code, title = "rank_too_large", "The rank is above a target's smaller side"
 
 
+class ServiceUnreachable(D2LoraError):
+    code, status, title, retryable = "service_unreachable", 503, "The service cannot be reached", True
+
+
 class JobError(D2LoraError):
     code, title = "job_error", "The job failed"
 
@@ -249,3 +255,27 @@ class WorkerLost(JobError):
 
 class InternalError(JobError):
     code, title = "internal_error", "An internal error"
+
+
+class UnknownProblem(D2LoraError):
+    """A problem of a code that this version does not know, such as a newer service's."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.detail, errors=problem.errors)
+        self._problem = problem
+        # On the instance, so that a script can still switch on the code.
+        self.code, self.status, self.title = problem.code, problem.status, problem.title  # type: ignore[misc]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UnknownProblem, (self._problem,)
+
+
+def from_problem(problem: Problem) -> D2LoraError:
+    """Return the error that a problem was made from."""
+    pending: list[type[D2LoraError]] = [D2LoraError]
+    while pending:
+        cls = pending.pop()
+        if cls.code == problem.code:
+            return _rebuild(cls, problem.detail, problem.errors)
+        pending += cls.__subclasses__()
+    return UnknownProblem(problem)

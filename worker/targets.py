@@ -82,7 +82,7 @@ def _matches(config: LoraConfig, name: str) -> bool:
 
 
 def _written_out(model: PreTrainedModel, config: LoraConfig, matched: set[str]) -> list[str]:
-    """Return target_modules in a fixed order: the modules' last names if those match the same, else their full names."""
+    """Return target_modules in a fixed order: the modules' last names if these match the same, else full names."""
     short = copy.copy(config)
     short.target_modules = {name.rsplit(".", 1)[-1] for name in matched}
     same = {name for name, _ in model.named_modules() if name and _matches(short, name)} == matched

@@ -1,0 +1,311 @@
+"""The command ``d2lora``.
+
+Exit codes: 0 all is well; 1 the job failed or the request was refused; 2 wrong usage, or something is missing on this
+machine; 3 the service cannot be reached; 4 the job was cancelled, or the time to wait is over; 130 interrupted.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich import print_json
+
+from d2lora.client import Client
+from d2lora.datasets import DatasetFile, Format, inspect
+from d2lora.display import print_job, print_summary, progress_bar
+from d2lora.errors import D2LoraError, Problem, ServiceUnreachable, from_problem
+from d2lora.initializations import Progress, Result, State
+from d2lora.options import build_spec, with_spec_options
+from d2lora.supervisor import Child, api_key_file, free_port, running, supervise, wait_until_ready
+
+app = typer.Typer(
+    help="Initialization as a service: LoRA adapters that already point the right way.",
+    epilog="Exit codes: 0 ok, 1 failed or refused, 2 usage or environment, 3 service unreachable, "
+    "4 cancelled or timed out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+DATA_DIR = Path(".d2lora")
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+Url = Annotated[str, typer.Option(envvar="D2LORA_URL", help="the service's address")]
+ApiKey = Annotated[str | None, typer.Option(envvar="D2LORA_API_KEY", help="else .d2lora/api_key", show_default=False)]
+Columns = Annotated[list[str] | None, typer.Option("--column", help="ours=theirs, such as prompt=question; repeatable")]
+FileFormat = Annotated[Format | None, typer.Option("--format", help="else by the file's suffix")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for a script")]
+
+
+def main() -> None:
+    """Run the command line; every error becomes a line on standard error and an exit code."""
+    try:
+        app()
+    except ServiceUnreachable as error:
+        _fail(error, 3)
+    except D2LoraError as error:
+        _fail(error, 1)
+    except TimeoutError as error:
+        _stop(str(error), 4)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def up(
+    data_dir: Annotated[Path, typer.Option(help="database, objects and API key live here")] = DATA_DIR,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
+    allow_model: Annotated[list[str] | None, typer.Option(help="hub IDs or patterns; on loopback all")] = None,
+    model_root: Annotated[list[Path] | None, typer.Option(help="where local models lie; on loopback anywhere")] = None,
+) -> None:
+    """Start the whole service on this machine: API, database, object store and one worker."""
+    _need_rooms("service", "worker")
+    if host not in {"127.0.0.1", "::1", "localhost"} and not (allow_model or model_root):
+        _stop(f"--host {host} lets others in: say which models they may name, with --allow-model or --model-root", 2)
+    data_dir = data_dir.absolute()
+    data_dir.mkdir(parents=True, exist_ok=True)
+    data_dir.chmod(0o700)
+    key = api_key_file(data_dir)
+    port = port or free_port()
+    hub_ids = allow_model or ([] if model_root else ["*"])
+    roots = model_root or ([] if allow_model else [Path("/")])
+    environment = {
+        "D2LORA_DATABASE_URL": f"sqlite:///{data_dir / 'd2lora.db'}",
+        "D2LORA_STORAGE_ROOT": str(data_dir / "objects"),
+        "D2LORA_SERVICE_HOST": host,
+        "D2LORA_SERVICE_PORT": str(port),
+        "D2LORA_SERVICE_API_KEYS": json.dumps({"local": key}),
+        "D2LORA_MODELS_ALLOWED": json.dumps(hub_ids),
+        "D2LORA_MODELS_ROOTS": json.dumps([str(root.absolute()) for root in roots]),
+    }
+    service = Child("service", [sys.executable, "-m", "service"], environment)
+    worker = Child("worker", [sys.executable, "-m", "worker", "run"], environment)
+    # Without this a SIGTERM would end this process and skip the block that stops the children.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with running([service, worker]):
+        url = f"http://{host}:{port}"
+        try:
+            wait_until_ready(url, service)
+        except RuntimeError as error:
+            _stop(str(error), 1)
+        print(f"d2lora is up at {url}")
+        print(f"API key: {key}  (also in {data_dir / 'api_key'})")
+        print(f"try: d2lora submit MODEL rows.jsonl --url {url} --wait --out adapter", flush=True)
+        code = supervise(service, worker)
+    sys.exit(code)
+
+
+@app.command()
+def validate(data: Path, column: Columns = None, format: FileFormat = None, as_json: AsJson = False) -> None:
+    """Check a dataset file on this machine, to its last row."""
+    summary = inspect(_dataset_file(data, column, format))
+    if as_json:
+        print_json(summary.model_dump_json())
+        return
+    print(f"{data}: {summary.rows} rows of {summary.row_schema}; objectives: {', '.join(summary.objectives)}")
+
+
+EvalFile = Annotated[Path | None, typer.Option("--eval", help="rows that only measure the delivered adapter")]
+
+
+@app.command()
+@with_spec_options
+def init(
+    model: Annotated[str, typer.Argument(help="hub ID, directory, or .gguf file")],
+    data: Path,
+    options: dict[str, Any],
+    out: Annotated[Path, typer.Option(help="directory for the adapter; must not exist, or be empty")],
+    eval_file: EvalFile = None,
+    column: Columns = None,
+    format: FileFormat = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build one adapter on this machine, without a service."""
+    _need_rooms("worker")
+    file = _dataset_file(data, column, format)
+    request = {
+        "spec": build_spec(model, "local", options).model_dump(mode="json"),
+        "dataset": {"path": str(file.path), "format": file.format, "columns": dict(file.columns)},
+        "eval_dataset": None,
+        "out": str(out),
+    }
+    if eval_file is not None:
+        other = _dataset_file(eval_file, column, None)
+        request["eval_dataset"] = {"path": str(other.path), "format": other.format, "columns": dict(other.columns)}
+    result = _run_init(request)
+    if as_json:
+        print_json(result.model_dump_json())
+    else:
+        print_summary(result.summary)
+        print(f"adapter: {out}")
+
+
+def _run_init(request: dict[str, Any]) -> Result:
+    """Run the worker's one shot as a child, show its progress, and return its result."""
+    command = [sys.executable, "-m", "worker", "init"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603  # our own module
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        child.stdin.write(json.dumps(request))
+        child.stdin.close()
+        answer: dict[str, Any] = {}
+        with progress_bar() as show:
+            for line in child.stdout:
+                answer = json.loads(line)
+                if "progress" in answer:
+                    show(Progress.model_validate(answer["progress"]))
+        child.wait()
+    except KeyboardInterrupt:
+        child.send_signal(signal.SIGINT)
+        child.wait()
+        raise
+    if "problem" in answer:
+        raise from_problem(Problem.model_validate(answer["problem"]))
+    if "result" not in answer:
+        _stop(f"the worker ended with {child.returncode} and no result", 1)
+    return Result.model_validate(answer["result"])
+
+
+@app.command()
+@with_spec_options
+def submit(
+    model: Annotated[str, typer.Argument(help="hub ID, directory, or .gguf file, as the service sees it")],
+    data: Path,
+    options: dict[str, Any],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    wait_: Annotated[bool, typer.Option("--wait", help="until it has ended")] = False,
+    out: Annotated[Path | None, typer.Option(help="with --wait: pull the adapter into this directory")] = None,
+    idempotency_key: Annotated[str | None, typer.Option(help="the same key submits once")] = None,
+    eval_file: EvalFile = None,
+    column: Columns = None,
+    format: FileFormat = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a dataset and ask the service for an adapter."""
+    file = _dataset_file(data, column, format)
+    build_spec(model, "unknown", options)  # before anything is uploaded
+    more = {}
+    with _client(url, api_key) as client:
+        dataset = client.upload_dataset(file.path, format=file.format, columns=file.columns)
+        if eval_file is not None:
+            other = _dataset_file(eval_file, column, None)
+            more["eval_dataset_id"] = client.upload_dataset(other.path, format=other.format, columns=other.columns).id
+        job = client.submit(build_spec(model, dataset.id, options, **more), idempotency_key=idempotency_key)
+        if not wait_:
+            print(job.model_dump_json() if as_json else job.id)
+            return
+        _finish(client, job.id, out=out, timeout=None, as_json=as_json)
+
+
+@app.command()
+def status(initialization_id: str, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
+    """Show one initialization."""
+    with _client(url, api_key) as client:
+        print_job(client.get(initialization_id), as_json=as_json)
+
+
+@app.command("list")
+def list_(
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    state: Annotated[State | None, typer.Option()] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show all initializations, newest first."""
+    with _client(url, api_key) as client:
+        for job in client.initializations(state=state):
+            print_job(job, as_json=as_json)
+
+
+@app.command()
+def wait(
+    initialization_id: str,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    timeout: Annotated[float | None, typer.Option(help="seconds")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show progress until an initialization has ended."""
+    with _client(url, api_key) as client:
+        _finish(client, initialization_id, out=None, timeout=timeout, as_json=as_json)
+
+
+@app.command()
+def pull(
+    initialization_id: str,
+    out: Annotated[Path, typer.Option(help="directory for the adapter; must not exist, or be empty")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Download an adapter and verify its checksums."""
+    with _client(url, api_key) as client:
+        for path in client.pull(initialization_id, out):
+            print(path)
+
+
+@app.command()
+def cancel(initialization_id: str, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
+    """Cancel an initialization."""
+    with _client(url, api_key) as client:
+        print_job(client.cancel(initialization_id), as_json=as_json)
+
+
+def _finish(client: Client, job_id: str, *, out: Path | None, timeout: float | None, as_json: bool) -> None:
+    """Wait for a job, show how it ended, and exit with a code that says so."""
+    with progress_bar() as show:
+        job = client.wait(job_id, on_update=lambda job: show(job.progress), timeout=timeout)
+    if job.error is not None:
+        raise from_problem(job.error)
+    if job.state is not State.SUCCEEDED:
+        _stop(f"{job.id} is {job.state}", 4)
+    if out is not None:
+        client.pull(job.id, out)
+    print_job(job, as_json=as_json)
+
+
+def _client(url: str, api_key: str | None) -> Client:
+    key = api_key
+    if key is None and (DATA_DIR / "api_key").is_file():
+        key = (DATA_DIR / "api_key").read_text(encoding="utf-8").strip()
+    if not key:
+        _stop(f"no API key: give --api-key, set D2LORA_API_KEY, or run where {DATA_DIR}/api_key is", 2)
+    return Client(url, api_key=key)
+
+
+def _dataset_file(path: Path, columns: list[str] | None, format_: Format | None) -> DatasetFile:
+    if not path.is_file():
+        _stop(f"there is no file {path}", 2)
+    mapping = {}
+    for pair in columns or []:
+        ours, separator, theirs = pair.partition("=")
+        if not (ours and separator and theirs):
+            _stop(f"--column {pair}: must be written ours=theirs", 2)
+        mapping[ours] = theirs
+    return DatasetFile(path, format_ or Format.of(path), mapping)
+
+
+def _need_rooms(*names: str) -> None:
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        _stop(f"this command needs a checkout of d2lora or its image; {', '.join(missing)} cannot be imported here", 2)
+
+
+def _fail(error: D2LoraError, code: int) -> NoReturn:
+    print(f"{error.code}: {error.detail}", file=sys.stderr)
+    for item in error.errors:
+        places = [("row", item.row), ("field", item.field), ("at", item.pointer)]
+        place = ", ".join(f"{name} {value}" for name, value in places if value is not None)
+        print(f"  {place}: {item.detail}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,236 @@
+"""A client for the service's HTTP API.
+
+with Client("http://127.0.0.1:8000", api_key="...") as client:
+    dataset = client.upload_dataset(Path("rows.jsonl"))
+    job = client.submit(InitializationSpec(base_model="...", dataset_id=dataset.id))
+    client.wait(job.id)
+    client.pull(job.id, Path("adapter"))
+"""
+
+import hashlib
+import json
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+from d2lora.datasets import Dataset, Format
+from d2lora.errors import ChecksumMismatch, Conflict, D2LoraError, Problem, ServiceUnreachable, from_problem
+from d2lora.initializations import Adapter, AdapterFile, Initialization, InitializationSpec, State
+
+_MEDIA_TYPES = {
+    Format.JSONL: "application/jsonl",
+    Format.JSON: "application/json",
+    Format.CSV: "text/csv",
+    Format.PARQUET: "application/vnd.apache.parquet",
+}
+_TRIES = 5
+_TRY_AGAIN = {429, 502, 503, 504}
+
+
+class Client:
+    """One service and one API key; use it as a context manager, or close it.
+
+    Every verb raises the `d2lora.errors` class that the service's problem names, and ServiceUnreachable when there is
+    no answer after several tries.
+    """
+
+    def __init__(
+        self, url: str, *, api_key: str, timeout: float = 60.0, transport: httpx.BaseTransport | None = None
+    ) -> None:
+        self._http = httpx.Client(base_url=url, timeout=timeout, transport=transport)
+        self._authorization = {"authorization": f"Bearer {api_key}"}
+        # Addresses in an answer may lead elsewhere, such as to an object store; the key must not follow.
+        self._origin = _origin(httpx.URL(url))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._http.close()
+
+    def upload_dataset(
+        self,
+        path: Path,
+        *,
+        format: Format | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> Dataset:
+        """Upload a file of rows; ``columns`` maps our column names to the file's."""
+        kind = format or Format.of(path)
+        with path.open("rb") as file:
+            response = self._send(
+                "POST",
+                "/v1/datasets",
+                params=[("column", f"{ours}:{theirs}") for ours, theirs in (columns or {}).items()],
+                headers={"content-type": _MEDIA_TYPES[kind]},
+                file=file,
+            )
+        return Dataset.model_validate(response.json())
+
+    def submit(self, spec: InitializationSpec, *, idempotency_key: str | None = None) -> Initialization:
+        """Ask for an adapter. Without a key of yours a fresh one makes the tries of this call count once."""
+        response = self._send(
+            "POST",
+            "/v1/initializations",
+            json=spec.model_dump(mode="json"),
+            headers={"idempotency-key": idempotency_key or secrets.token_hex(16)},
+        )
+        return Initialization.model_validate(response.json())
+
+    def get(self, initialization_id: str) -> Initialization:
+        """Return an initialization."""
+        return Initialization.model_validate(self._send("GET", f"/v1/initializations/{initialization_id}").json())
+
+    def initializations(self, *, state: State | None = None) -> Iterator[Initialization]:
+        """Yield all initializations, newest first."""
+        cursor = None
+        while True:
+            params = [
+                ("limit", "100"),
+                *([("cursor", cursor)] if cursor else []),
+                *([("state", state)] if state else []),
+            ]
+            page = self._send("GET", "/v1/initializations", params=params).json()
+            yield from map(Initialization.model_validate, page["data"])
+            cursor = page["next_cursor"]
+            if cursor is None:
+                return
+
+    def cancel(self, initialization_id: str) -> Initialization:
+        """Cancel an initialization."""
+        response = self._send("POST", f"/v1/initializations/{initialization_id}/cancel")
+        return Initialization.model_validate(response.json())
+
+    def wait(
+        self,
+        initialization_id: str,
+        *,
+        on_update: Callable[[Initialization], None] | None = None,
+        poll: float = 1.0,
+        timeout: float | None = None,
+    ) -> Initialization:
+        """Return the initialization when it has ended, in whichever state.
+
+        Raises:
+            TimeoutError: it has not ended after ``timeout`` seconds.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            initialization = self.get(initialization_id)
+            if on_update is not None:
+                on_update(initialization)
+            if initialization.state.is_terminal:
+                return initialization
+            if end is not None and time.monotonic() > end:
+                raise TimeoutError(f"{initialization_id} is still {initialization.state} after {timeout:g} seconds")
+            time.sleep(poll)
+
+    def adapter(self, initialization_id: str) -> Adapter:
+        """Return where the files of a succeeded initialization are."""
+        return Adapter.model_validate(self._send("GET", f"/v1/initializations/{initialization_id}/adapter").json())
+
+    def pull(self, initialization_id: str, directory: Path) -> list[Path]:
+        """Download the adapter into a directory that appears only when every checksum is right.
+
+        Raises:
+            Conflict: the directory exists and is not empty, or the initialization has not succeeded.
+            ChecksumMismatch: a file is not what the service says it is.
+        """
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise Conflict(f"{directory} exists and is not an empty directory")
+        adapter = self.adapter(initialization_id)
+        directory.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=directory.absolute().parent, prefix=f".{directory.name}-"))
+        try:
+            for file in adapter.files:
+                self._download(file, temporary / Path(file.name).name)
+            _check_manifest(temporary)
+            temporary.chmod(0o755)  # mkdtemp's is for the owner alone
+            if directory.exists():
+                directory.rmdir()
+            temporary.rename(directory)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return [directory / file.name for file in adapter.files]
+
+    def _download(self, file: AdapterFile, path: Path) -> None:
+        digest, size = hashlib.sha256(), 0
+        url = httpx.URL(file.url)
+        headers = self._authorization if _origin(url) == self._origin else {}
+        try:
+            with self._http.stream("GET", url, headers=headers) as response, path.open("wb") as output:
+                if response.is_error:
+                    response.read()
+                    raise _error(response)
+                for chunk in response.iter_bytes():
+                    digest.update(chunk)
+                    size += len(chunk)
+                    output.write(chunk)
+        except httpx.TransportError as error:
+            raise ServiceUnreachable(f"{file.name} could not be downloaded: {error}") from error
+        if size != file.size or digest.hexdigest() != file.sha256:
+            raise ChecksumMismatch(f"{file.name} is not what the service says it is; pull again")
+
+    def _send(
+        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, file: Any = None, **arguments: Any
+    ) -> httpx.Response:
+        """Send a request, again after a pause when the service is away or busy; every verb is safe to repeat."""
+        for attempt in range(1, _TRIES + 1):
+            if file is not None:
+                file.seek(0)
+            last = attempt == _TRIES
+            try:
+                response = self._http.request(
+                    method, path, headers={**(headers or {}), **self._authorization}, content=file, **arguments
+                )
+            except httpx.TransportError as error:
+                if last:
+                    raise ServiceUnreachable(f"{self._http.base_url}: {error}") from error
+                time.sleep(_pause(attempt))
+                continue
+            if response.status_code in _TRY_AGAIN and not last:
+                time.sleep(_pause(attempt, response.headers.get("retry-after")))
+                continue
+            if response.is_error:
+                raise _error(response)
+            return response
+        raise AssertionError("the last try returns or raises")
+
+
+def _error(response: httpx.Response) -> D2LoraError:
+    try:
+        return from_problem(Problem.model_validate(response.json()))
+    except ValueError:  # not this service, or something in front of it
+        return ServiceUnreachable(f"{response.url} answered {response.status_code} without a problem object")
+
+
+def _check_manifest(directory: Path) -> None:
+    manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    for entry in manifest["files"]:
+        content = directory / Path(entry["name"]).name
+        if not content.is_file():
+            raise ChecksumMismatch(f"{entry['name']} is in the manifest, but was not delivered; pull again")
+        with content.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise ChecksumMismatch(f"{entry['name']} is not what the manifest says it is; pull again")
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
+
+
+def _pause(attempt: int, retry_after: str | None = None) -> float:
+    if retry_after and retry_after.isdecimal():
+        return min(30.0, float(retry_after))
+    return min(5.0, 0.2 * 2**attempt)

@@ -1,0 +1,102 @@
+"""The options that a request's fields have on the command line, under PEFT's and TRL's names."""
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from d2lora.initializations import InitializationSpec
+
+_LORA = ("r", "lora_alpha", "target_modules", "use_rslora")
+_OPTIONS: dict[str, Any] = {
+    "r": Annotated[int | None, typer.Option("--r", help="LoRA rank (default: 16)")],
+    "lora_alpha": Annotated[float | None, typer.Option(help="(default: 2 r)")],
+    "target_modules": Annotated[
+        list[str] | None, typer.Option(help="module names, repeatable; or once all-linear, or a regular expression")
+    ],
+    "use_rslora": Annotated[bool | None, typer.Option("--use-rslora", help="scale by alpha / sqrt(r)")],
+    "objective": Annotated[
+        list[str] | None,
+        typer.Option(help="sft, dpo, orpo, or dpo:beta=0.2; repeatable (default: all that the rows allow)"),
+    ],
+    "start": Annotated[str | None, typer.Option(help="calibrated or zero (default: calibrated)")],
+    "statistics": Annotated[str | None, typer.Option(help="sketch or exact (default: sketch)")],
+    "max_length": Annotated[int | None, typer.Option(help="tokens of a sequence (default: 1024)")],
+    "max_tokens_per_batch": Annotated[int | None, typer.Option(help="padded tokens of one forward")],
+    "dtype": Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16 (default: auto)")],
+    "seed": Annotated[int | None, typer.Option(help="(default: 0)")],
+    "revision": Annotated[str | None, typer.Option(help="commit, tag or branch of a hub model")],
+    "spec": Annotated[Path | None, typer.Option(help="a JSON file with the request; the options above win over it")],
+}
+
+
+def with_spec_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option per field of a request; it receives them as one mapping named ``options``."""
+    own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "options"]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in _OPTIONS.items()
+    ]
+
+    @functools.wraps(command)
+    def wrapper(**arguments: Any) -> None:
+        options = {name: arguments.pop(name) for name in _OPTIONS}
+        command(**arguments, options=options)
+
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + added
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
+
+
+def build_spec(base_model: str, dataset_id: str, options: dict[str, Any], **more: Any) -> InitializationSpec:
+    """Return the request that the options describe.
+
+    Raises:
+        typer.BadParameter: naming each field at fault.
+    """
+    spec_file: Path | None = options["spec"]
+    values: dict[str, Any] = {}
+    if spec_file is not None:
+        try:
+            values = json.loads(spec_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"--spec {spec_file}: {error}") from error
+    given = {name: value for name, value in options.items() if value is not None and name != "spec"}
+    lora = {name: given.pop(name) for name in _LORA if name in given}
+    if "target_modules" in lora:
+        lora["target_modules"] = _target_modules(lora["target_modules"])
+    if lora:
+        values["lora"] = {**values.get("lora", {}), **lora}
+    if "objective" in given:
+        values["objectives"] = [_objective(text) for text in given.pop("objective")]
+    try:
+        return InitializationSpec.model_validate(
+            {**values, **given, **more, "base_model": base_model, "dataset_id": dataset_id}
+        )
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise typer.BadParameter("; ".join(faults)) from error
+
+
+def _target_modules(values: list[str]) -> str | list[str]:
+    # One value that is no plain name is a pattern, as in PEFT.
+    one_pattern = len(values) == 1 and (values[0] == "all-linear" or not values[0].replace("_", "").isalnum())
+    return values[0] if one_pattern else values
+
+
+def _objective(text: str) -> dict[str, Any]:
+    """Return the objective that ``dpo`` or ``dpo:beta=0.2`` names."""
+    kind, _, arguments = text.partition(":")
+    parsed: dict[str, Any] = {"type": kind}
+    for argument in filter(None, arguments.split(",")):
+        name, separator, value = argument.partition("=")
+        if not separator:
+            raise typer.BadParameter(f"--objective {text}: arguments are written name=value")
+        parsed[name] = value
+    return parsed

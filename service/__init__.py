@@ -1,0 +1,1 @@
+"""The HTTP image: requests in, resources out. Never imports torch."""

@@ -1,0 +1,55 @@
+"""The composition root: settings in, application out."""
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from d2lora import __version__
+from d2lora.storage import LocalStorage
+from d2lora.store import Store
+from service import datasets, health, initializations, limits, problems
+from service.auth import KeyRing
+from service.settings import Settings
+
+_DESCRIPTION = """\
+Initialization as a service: a base model and a small dataset in, a LoRA adapter out that already points the right way.
+
+Upload rows to `/v1/datasets`, ask for an adapter at `/v1/initializations`, wait until it has succeeded, and fetch its
+files from `/v1/initializations/{id}/adapter`. Errors are `application/problem+json` with a stable `code`.
+"""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the application; it opens its store when it starts and closes it when it stops.
+
+    Raises:
+        SystemExit: no API key is set.
+    """
+    keys = KeyRing(settings.service)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with Store(settings.database) as store:
+            app.state.store = store
+            yield
+
+    app = FastAPI(
+        title="d2lora",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        # The built-in pages load their scripts from elsewhere, which an isolated network cannot.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.stopping = threading.Event()
+    app.state.settings = settings
+    app.state.keys = keys
+    app.state.storage = LocalStorage(settings.storage.root)
+    problems.install(app)
+    limits.install(app, settings.service.max_request_bytes)
+    for module in (datasets, initializations, health):
+        app.include_router(module.router)
+    return app

@@ -1,0 +1,29 @@
+"""What endpoints need, taken from the app that was composed in `service.app`."""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from d2lora.storage import ObjectStorage
+from d2lora.store import Store
+from service.settings import Settings
+
+
+def _store(request: Request) -> Store:
+    store: Store = request.app.state.store
+    return store
+
+
+def _storage(request: Request) -> ObjectStorage:
+    storage: ObjectStorage = request.app.state.storage
+    return storage
+
+
+def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+StoreDependency = Annotated[Store, Depends(_store)]
+StorageDependency = Annotated[ObjectStorage, Depends(_storage)]
+SettingsDependency = Annotated[Settings, Depends(_settings)]
