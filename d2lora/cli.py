@@ -80,6 +80,9 @@ def up(
         "D2LORA_SERVICE_HOST": host,
         "D2LORA_SERVICE_PORT": str(port),
         "D2LORA_SERVICE_API_KEYS": json.dumps({"local": key}),
+        # On one machine a beat costs nothing: progress is fresh, and a killed worker's job is soon taken up again.
+        "D2LORA_WORKER_HEARTBEAT_SECONDS": "1",
+        "D2LORA_WORKER_LEASE_SECONDS": "15",
         "D2LORA_MODELS_ALLOWED": json.dumps(hub_ids),
         "D2LORA_MODELS_ROOTS": json.dumps([str(root.absolute()) for root in roots]),
     }
@@ -309,3 +312,7 @@ def _fail(error: D2LoraError, code: int) -> NoReturn:
 def _stop(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

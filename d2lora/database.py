@@ -1,5 +1,6 @@
 """Opening the database of record, and bringing its schema up to date."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -68,6 +69,7 @@ def now(session: Session) -> datetime:
 
 def migrate(settings: DatabaseSettings) -> None:
     """Bring the schema to the newest revision; safe when several processes do it at once."""
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     engine = open_engine(settings)

@@ -55,10 +55,17 @@ class WorkerSettings(BaseSettings):
     activation_checkpointing: bool = Field(
         default=False, description="recompute each layer in the backward: less memory, one more forward"
     )
-    lease: timedelta = Field(default=timedelta(seconds=90), description="a claim not renewed for so long is free again")
-    heartbeat: timedelta = Field(default=timedelta(seconds=15), description="how often a claim is renewed")
-    poll: timedelta = Field(default=timedelta(seconds=0.5), description="pause between two looks for work when idle")
+    lease_seconds: float = Field(default=90.0, gt=0, description="a claim not renewed for so long is free again")
+    heartbeat_seconds: float = Field(
+        default=5.0, gt=0, description="how often a claim is renewed, progress stored, and a wish to cancel seen"
+    )
+    poll_seconds: float = Field(default=0.5, gt=0, description="pause between two looks for work when idle")
     max_attempts: int = Field(default=3, ge=1, description="claims of one job before it fails as worker_lost")
+
+    @property
+    def lease(self) -> timedelta:
+        """The lease as the store takes it."""
+        return timedelta(seconds=self.lease_seconds)
 
     def tokens_per_batch(self, device: str) -> int:
         """Return the padded tokens of one forward on a device of this type."""

@@ -72,7 +72,7 @@ def serve(
             log.exception("store_unreachable")  # the lease covers whatever was claimed
             worked = False
         if not worked:
-            stop.wait(settings.poll.total_seconds())
+            stop.wait(settings.poll_seconds)
     log.info("worker_stopped name=%s", worker)
 
 

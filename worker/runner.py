@@ -115,13 +115,13 @@ def _heartbeat(store: Store, claim: Claim, settings: WorkerSettings) -> Iterator
 
     def beat() -> None:
         renewed = time.monotonic()
-        while not done.wait(min(settings.heartbeat.total_seconds(), settings.lease.total_seconds() / 3)):
+        while not done.wait(min(settings.heartbeat_seconds, settings.lease_seconds / 3)):
             try:
                 watch.standing = store.renew(claim, lease=settings.lease, progress=watch.progress)
                 renewed = time.monotonic()
             except Exception:
                 log.exception("heartbeat_failed id=%s attempt=%d", claim.id, claim.attempt)
-                if time.monotonic() - renewed > settings.lease.total_seconds():
+                if time.monotonic() - renewed > settings.lease_seconds:
                     watch.standing = Standing.LOST  # somebody else may hold it by now
             if watch.standing is Standing.LOST:
                 return

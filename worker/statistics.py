@@ -114,14 +114,14 @@ def activation_checkpointing(base: BaseModel, *, enabled: bool) -> Iterator[None
         yield
         return
     # transformers checkpoints only in training mode; every layer whose behavior that mode changes is switched back.
-    base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    base.model.activation_checkpointing_enable({"use_reentrant": False})
     training = [module for module in base.model.modules() if hasattr(module, "gradient_checkpointing")]
     for module in training:
         module.training = True
     try:
         yield
     finally:
-        base.model.gradient_checkpointing_disable()
+        base.model.activation_checkpointing_disable()
         base.model.eval()
 
 

@@ -1,0 +1,43 @@
+"""Rows, examples and batches for the worker's tests."""
+
+import random
+
+import pytest
+import torch
+
+from tests.support.models import VOCABULARY
+from tests.support.reference import ReferenceRow
+from worker.data import Example, TokenSequence, make_batches
+
+
+def reference_rows(count: int, *, paired: bool, seed: int = 0, longest: int = 9) -> list[ReferenceRow]:
+    source = random.Random(seed)
+    draw = lambda: [source.randrange(3, VOCABULARY) for _ in range(source.randint(1, longest))]  # noqa: E731
+    return [ReferenceRow(draw(), draw(), draw() if paired else None) for _ in range(count)]
+
+
+def as_examples(rows: list[ReferenceRow]) -> list[Example]:
+    def sequence(prompt, completion):
+        return TokenSequence(prompt + completion, [False] * len(prompt) + [True] * len(completion))
+
+    return [
+        Example(
+            digest=f"{row.prompt}{row.chosen}{row.rejected}",
+            chosen=sequence(row.prompt, row.chosen),
+            rejected=sequence(row.prompt, row.rejected) if row.rejected else None,
+        )
+        for row in rows
+    ]
+
+
+def one_fold(rows: list[ReferenceRow], *, max_tokens: int = 10_000):
+    return make_batches(as_examples(rows), [0] * len(rows), max_tokens=max_tokens, pad_token_id=0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny models are slower on several threads, and sums come out in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
