@@ -14,7 +14,11 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own progress bars would drown what the demo says
+warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
 
 import torch
 from peft import PeftModel
@@ -31,11 +35,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
 EXAMPLES = ROOT / "examples"
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 began = time.monotonic()
 
 
 def main() -> int:
+    """Run the demo; 0 if the adapter is better than the base."""
     arguments = parse()
     step("starting the service on this machine (d2lora up)")
     shutil.rmtree(DEMO, ignore_errors=True)
@@ -169,6 +174,7 @@ def packaged_model() -> str:
 
 
 def parse() -> argparse.Namespace:
+    """Return the model and the files, from options or the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=os.environ.get("MODEL") or packaged_model())
     parser.add_argument("--data", type=Path, default=os.environ.get("DATA") or EXAMPLES / "support_triage.jsonl")
@@ -177,6 +183,7 @@ def parse() -> argparse.Namespace:
 
 
 def step(what: str) -> None:
+    """Say what comes next, and when."""
     console.print(f"[bold]\\[{time.monotonic() - began:5.1f} s] {what}[/bold]")
 
 

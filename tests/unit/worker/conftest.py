@@ -12,7 +12,7 @@ from worker.data import Example, TokenSequence, make_batches
 
 def reference_rows(count: int, *, paired: bool, seed: int = 0, longest: int = 9) -> list[ReferenceRow]:
     source = random.Random(seed)
-    draw = lambda: [source.randrange(3, VOCABULARY) for _ in range(source.randint(1, longest))]  # noqa: E731
+    draw = lambda: [source.randrange(3, VOCABULARY) for _ in range(source.randint(1, longest))]
     return [ReferenceRow(draw(), draw(), draw() if paired else None) for _ in range(count)]
 
 

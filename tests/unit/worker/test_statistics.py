@@ -176,7 +176,10 @@ class LargestProducts(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor) and function.overloadpacket not in {torch.ops.aten.t, torch.ops.aten.detach}:
+            if isinstance(tensor, torch.Tensor) and function.overloadpacket not in {
+                torch.ops.aten.t,
+                torch.ops.aten.detach,
+            }:
                 self.shapes.add(tuple(tensor.shape))
         return result
 

@@ -1,0 +1,272 @@
+import copy
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2lora.errors import RequestInvalid, RowsTooLong
+from d2lora.rows import MessagesRow, PreferenceRow, PromptCompletionRow, TextRow
+from tests.support.tokenizers import CHATML, CHATML_WITH_GENERATION, bpe_tokenizer
+from tests.unit.worker.conftest import as_examples, reference_rows
+from worker.data import assign_folds, encode_rows, make_batches
+
+USER = {"role": "user", "content": "what color is the sky?"}
+BLUE = {"role": "assistant", "content": "it is blue."}
+FOUR = {"role": "assistant", "content": "four."}
+
+PROMPT_COMPLETION = [
+    {"prompt": "what is two plus two? ", "completion": "four."},
+    {"prompt": "the quick brown", "completion": " fox jumps"},
+    {"prompt": "the quick bro", "completion": "wn fox"},  # tokens merge across the boundary
+]
+CONVERSATIONS = [{"prompt": [USER], "completion": [BLUE]}, {"prompt": [USER, FOUR, USER], "completion": [BLUE]}]
+PREFERENCES = [
+    {"prompt": "what is two plus two? ", "chosen": "four.", "rejected": "blue is the sky"},
+    {"prompt": "the quick bro", "chosen": "wn fox", "rejected": "ther dog"},
+]
+CHAT_PREFERENCES = [{"prompt": [USER], "chosen": [BLUE], "rejected": [FOUR]}]
+IMPLICIT = [
+    {"chosen": "the sky is blue", "rejected": "the sky is lazy"},
+    {"chosen": "fox jumps", "rejected": "dog jumps"},
+]
+CHAT_IMPLICIT = [{"chosen": [USER, BLUE], "rejected": [USER, FOUR]}]
+MESSAGES = [{"messages": [USER, BLUE, USER, FOUR]}]
+
+
+def encode(rows, tokenizer, *, max_length=1000):
+    kinds = {"messages": MessagesRow, "text": TextRow, "completion": PromptCompletionRow}
+    kind = next((kinds[name] for name in kinds if name in rows[0]), PreferenceRow)
+    return encode_rows(
+        [kind(**{"prompt": None, **row} if kind is PreferenceRow else row) for row in rows],
+        tokenizer,
+        max_length=max_length,
+    )
+
+
+def learned(sequence):
+    return sequence.completion_mask[1:]
+
+
+def learned_by_trl(row):
+    """Nothing predicts the first token, so what its label says is of no consequence."""
+    return [label != -100 for label in row["labels"]][1:]
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory):
+    """TRL's own preparation of datasets: functions from (rows, tokenizer) to tokenized rows."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    from tests.support.models import tiny_llama
+
+    model = tiny_llama(layers=1).requires_grad_(True)
+    model.resize_token_embeddings(400)
+    out = str(tmp_path_factory.mktemp("trl"))
+    plain = {"output_dir": out, "report_to": [], "use_cpu": True, "max_length": 1000}
+
+    def sft(rows, tokenizer, **arguments):
+        tokenizer.pad_token = tokenizer.eos_token
+        config = SFTConfig(**plain, **arguments)
+        return list(
+            SFTTrainer(
+                model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+            ).train_dataset
+        )
+
+    def dpo(rows, tokenizer):
+        tokenizer.pad_token = tokenizer.eos_token
+        config = DPOConfig(**plain)
+        return list(
+            DPOTrainer(
+                model,
+                ref_model=copy.deepcopy(model),
+                args=config,
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer,
+            ).train_dataset
+        )
+
+    return sft, dpo
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's and datasets' own
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("rows", [PROMPT_COMPLETION, CONVERSATIONS], ids=["strings", "conversations"])
+def test_prompts_and_completions_are_tokenized_as_trl_does(trainers, rows, begins):
+    tokenizer = bpe_tokenizer(chat_template=CHATML, begins=begins)
+
+    ours = encode(rows, tokenizer).examples
+
+    for example, theirs in zip(ours, trainers[0](rows, tokenizer), strict=True):
+        assert example.chosen.input_ids == theirs["input_ids"]
+        assert learned(example.chosen) == learned_by_trl(theirs)
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's and datasets' own
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize(
+    "rows",
+    [PREFERENCES, CHAT_PREFERENCES, IMPLICIT, CHAT_IMPLICIT],
+    ids=["strings", "chat", "implicit", "chat-implicit"],
+)
+def test_preferences_are_tokenized_as_trl_does(trainers, rows, begins):
+    tokenizer = bpe_tokenizer(chat_template=CHATML, begins=begins)
+
+    ours = encode(rows, tokenizer).examples
+
+    for example, theirs in zip(ours, trainers[1](rows, tokenizer), strict=True):
+        prompt = theirs["prompt_ids"]
+        for sequence, completion in ((example.chosen, "chosen_ids"), (example.rejected, "rejected_ids")):
+            assert sequence.input_ids == prompt + theirs[completion]
+            learned = [False] * len(prompt) + [True] * len(theirs[completion])
+            assert sequence.completion_mask == [False, *learned[1:]]  # nothing predicts the first token
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's and datasets' own
+def test_assistant_turns_are_masked_as_the_template_says(trainers):
+    tokenizer = bpe_tokenizer(chat_template=CHATML_WITH_GENERATION)
+
+    (ours,) = encode(MESSAGES, tokenizer).examples
+
+    (theirs,) = trainers[0](MESSAGES, tokenizer, assistant_only_loss=True)
+    assert ours.chosen.input_ids == theirs["input_ids"]
+    assert learned(ours.chosen) == learned_by_trl(theirs)
+
+
+def test_without_generation_blocks_each_assistant_turn_is_what_it_adds_to_the_conversation():
+    tokenizer = bpe_tokenizer(chat_template=CHATML)
+
+    (example,) = encode(MESSAGES, tokenizer).examples
+
+    ids = [i for i, learned in zip(example.chosen.input_ids, example.chosen.completion_mask, strict=True) if learned]
+    assert tokenizer.decode(ids) == "it is blue.<|im_end|>\nfour.<|im_end|>\n"
+
+
+def test_tools_reach_the_template():
+    tokenizer = bpe_tokenizer(chat_template=CHATML_WITH_GENERATION)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+    (example,) = encode([{**MESSAGES[0], "tools": [tool, tool]}], tokenizer).examples
+
+    assert tokenizer.decode(example.chosen.input_ids).startswith("tools: 2")
+
+
+def test_plain_text_is_learned_from_its_second_token_and_ends():
+    tokenizer = bpe_tokenizer(begins=True)
+
+    (example,) = encode([{"text": "the lazy dog"}], tokenizer).examples
+
+    assert example.chosen.input_ids[-1] == tokenizer.eos_token_id
+    assert example.chosen.completion_mask == [False] + [True] * (len(example.chosen.input_ids) - 1)
+
+
+def test_conversations_without_a_chat_template_are_refused():
+    with pytest.raises(RequestInvalid, match="chat template"):
+        encode(CONVERSATIONS, bpe_tokenizer())
+
+
+def test_long_rows_lose_their_end_and_are_counted():
+    tokenizer = bpe_tokenizer()
+    rows = [
+        {"prompt": "the", "completion": " quick brown fox jumps over the lazy dog" * 3},
+        {"prompt": "the", "completion": " dog"},
+    ]
+
+    encoded = encode(rows, tokenizer, max_length=10)
+
+    assert [len(example.chosen.input_ids) for example in encoded.examples] == [10, 3]
+    assert (encoded.rows_read, encoded.truncated, encoded.dropped) == (2, 1, {})
+
+
+def test_rows_whose_prompt_fills_the_length_are_dropped_and_counted():
+    tokenizer = bpe_tokenizer()
+    rows = [
+        {"prompt": "the quick brown fox jumps over the lazy dog", "completion": " yes"},
+        {"prompt": "the", "completion": " dog"},
+    ]
+
+    encoded = encode(rows, tokenizer, max_length=5)
+
+    assert len(encoded.examples) == 1
+    assert encoded.dropped == {"prompt_fills_max_length": 1}
+
+
+def test_pairs_that_become_equal_by_truncation_are_dropped_and_counted():
+    tokenizer = bpe_tokenizer()
+    same = "x" * 30
+    rows = [
+        {"prompt": "the", "chosen": same + "a", "rejected": same + "b"},
+        {"prompt": "the", "chosen": "a", "rejected": "b"},
+    ]
+
+    encoded = encode(rows, tokenizer, max_length=10)
+
+    assert encoded.dropped == {"chosen_equals_rejected_as_tokens": 1}
+
+
+def test_no_row_left_is_an_error_with_a_remedy():
+    with pytest.raises(RowsTooLong, match="max_length 2"):
+        encode(PROMPT_COMPLETION, bpe_tokenizer(), max_length=2)
+
+
+rows_strategy = st.builds(
+    reference_rows, st.integers(1, 20), paired=st.booleans(), seed=st.integers(0, 99), longest=st.integers(1, 12)
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=rows_strategy,
+    copies=st.integers(1, 3),
+    folds=st.integers(1, 5),
+    seed=st.integers(0, 9),
+    shuffle=st.integers(0, 99),
+)
+def test_folds_do_not_depend_on_order_and_keep_duplicates_together(rows, copies, folds, seed, shuffle):
+    examples = as_examples(rows * copies)
+    shuffled = random.Random(shuffle).sample(examples, len(examples))
+
+    first = dict(zip((e.digest for e in examples), assign_folds(examples, folds=folds, seed=seed), strict=True))
+    second = dict(zip((e.digest for e in shuffled), assign_folds(shuffled, folds=folds, seed=seed), strict=True))
+
+    assert first == second
+    sizes = [list(first.values()).count(fold) for fold in range(folds)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=rows_strategy, max_tokens=st.integers(1, 300), shuffle=st.integers(0, 99))
+def test_batches_hold_every_row_once_within_the_limit_and_do_not_depend_on_order(rows, max_tokens, shuffle):
+    examples = as_examples(rows)
+    folds = assign_folds(examples, folds=3, seed=0)
+    order = random.Random(shuffle).sample(range(len(rows)), len(rows))
+
+    batches = make_batches(examples, folds, max_tokens=max_tokens, pad_token_id=0)
+    again = make_batches([examples[i] for i in order], [folds[i] for i in order], max_tokens=max_tokens, pad_token_id=0)
+
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(len(rows)))
+    assert all(batch.input_ids.numel() <= max_tokens or len(batch.rows) == 1 for batch in batches)
+    assert all({folds[row] for row in batch.rows} == {batch.fold} for batch in batches)
+    assert all(torch.equal(one.input_ids, two.input_ids) for one, two in zip(batches, again, strict=True))
+    assert all(torch.equal(one.completion_mask, two.completion_mask) for one, two in zip(batches, again, strict=True))
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_halves_part_the_rows_and_never_a_pair(paired):
+    rows = reference_rows(5, paired=paired)
+    (batch,) = make_batches(as_examples(rows), [0] * 5, max_tokens=10_000, pad_token_id=0)
+
+    left, right = batch.halves()
+
+    assert left.rows + right.rows == batch.rows
+    for half in (left, right):
+        for position, row in enumerate(half.rows):
+            chosen = half.input_ids[position][half.attention_mask[position].bool()].tolist()
+            assert chosen == rows[row].prompt + rows[row].chosen
+            if paired:
+                other = position + len(half.rows)
+                rejected = half.input_ids[other][half.attention_mask[other].bool()].tolist()
+                assert rejected == rows[row].prompt + rows[row].rejected
