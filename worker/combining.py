@@ -40,15 +40,29 @@ class Mixture:
         return self.scales @ objective_coefficients
 
 
-def combine(gramian: Float[Tensor, "J J"], combination: Combination, *, names: Sequence[str]) -> Mixture:
+_ROUNDING = 1e-10
+"""Squared relative error of sums in float32; a gradient that is smaller than that share of its rows' is none."""
+
+
+def combine(
+    gramian: Float[Tensor, "J J"],
+    combination: Combination,
+    *,
+    names: Sequence[str],
+    row_norms: Float[Tensor, " J"],
+) -> Mixture:
     """Return the weights for the given inner products of the objectives' gradients.
+
+    ``row_norms`` are sums over rows of the squared norms of what each adds to the gradient: rows that cancel each
+    other leave rounding errors, which point nowhere.
 
     Raises:
         NumericalFailure: an objective's gradient is zero or not finite, or the weighting finds no direction.
     """
     squared = torch.diagonal(gramian)
-    if not torch.isfinite(gramian).all() or not bool((squared > 0).all()):
-        bad = [name for name, value in zip(names, squared.tolist(), strict=True) if not value > 0]
+    if not torch.isfinite(gramian).all() or not bool((squared > _ROUNDING * row_norms).all()):
+        vanished = (squared <= _ROUNDING * row_norms).tolist()
+        bad = [name for name, gone in zip(names, vanished, strict=True) if gone]
         raise NumericalFailure(
             f"the gradient of objective {', '.join(bad) or 'any'} is zero or not finite on these rows"
         )

@@ -102,4 +102,4 @@ def _sum(parts: Sequence[LayerStatistics]) -> LayerStatistics:
     first = parts[0]
     tensors = [part.tensors() for part in parts]
     summed = {name: torch.stack([one[name] for one in tensors]).sum(0) for name in tensors[0]}
-    return type(first).from_tensors(first.shape, getattr(first, "matrices", None), summed)  # type: ignore[arg-type]  # dense gradients have none
+    return type(first).from_tensors(first.shape, first.matrices, summed)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase
@@ -176,7 +177,12 @@ def combined_direction(
     coefficients = objective_coefficients(objectives, one_pass.bases, one_pass.counts(leave_out=leave_out))
     folds = [fold for fold in range(len(one_pass.statistics)) if fold != leave_out]
     names = [objective.type for objective in objectives]
-    mixture = combine(objective_gramian(products.folds, coefficients, folds), spec.combination, names=names)
+    mixture = combine(
+        objective_gramian(products.folds, coefficients, folds),
+        spec.combination,
+        names=names,
+        row_norms=torch.diagonal(coefficients @ products.rows @ coefficients.T),
+    )
     basis_coefficients = mixture.basis_coefficients(coefficients)
     return mixture, factorize(one_pass.statistics, basis_coefficients, rank=spec.lora.r, leave_out=leave_out)
 

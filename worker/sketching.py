@@ -223,14 +223,17 @@ class DenseGradient:
     """K dense gradients of one layer: the exact mode, for small models and as the tests' oracle."""
 
     shape: Shape
+    matrices: TestMatrices
+    """Unused but for the device; both kinds are made and restored alike."""
     gradients: Float[Tensor, "K O I"]
     row_gramian: Float[Tensor, "K K"]
 
     @staticmethod
     def empty(shape: Shape, bases: int, matrices: TestMatrices) -> "DenseGradient":
-        """Return the gradients of nothing; only the device of ``matrices`` is used."""
+        """Return the gradients of nothing."""
         return DenseGradient(
             shape,
+            matrices,
             torch.zeros(bases, shape.out_features, shape.in_features, device=matrices.device),
             torch.zeros(bases, bases, dtype=torch.float64, device=matrices.device),
         )
@@ -284,9 +287,9 @@ class DenseGradient:
         return {"gradients": self.gradients, "rows": self.row_gramian}
 
     @staticmethod
-    def from_tensors(shape: Shape, matrices: TestMatrices, tensors: dict[str, Tensor]) -> "DenseGradient":  # noqa: ARG004  # one signature for both kinds
+    def from_tensors(shape: Shape, matrices: TestMatrices, tensors: dict[str, Tensor]) -> "DenseGradient":
         """Return the gradients that gave these tensors."""
-        return DenseGradient(shape, tensors["gradients"], tensors["rows"])
+        return DenseGradient(shape, matrices, tensors["gradients"], tensors["rows"])
 
 
 LayerStatistics = Sketch | DenseGradient

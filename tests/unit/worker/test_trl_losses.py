@@ -75,9 +75,14 @@ def test_orpos_whole_loss_is_trls_when_the_likelihood_covers_the_sequence(model,
     ids, mask = batch.input_ids, batch.attention_mask
     labels = ids.masked_fill(~batch.completion_mask, pad)
     laid_out = {
-        "chosen_input_ids": ids[:count], "chosen_attention_mask": mask[:count], "chosen_labels": labels[:count],
-        "rejected_input_ids": ids[count:], "rejected_attention_mask": mask[count:], "rejected_labels": labels[count:],
-        "prompt_input_ids": ids[:count], "prompt_attention_mask": mask[:count],
+        "chosen_input_ids": ids[:count],
+        "chosen_attention_mask": mask[:count],
+        "chosen_labels": labels[:count],
+        "rejected_input_ids": ids[count:],
+        "rejected_attention_mask": mask[count:],
+        "rejected_labels": labels[count:],
+        "prompt_input_ids": ids[:count],
+        "prompt_attention_mask": mask[:count],
     }
     stand_in = types.SimpleNamespace(
         beta=0.7,

@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+
+from d2lora.initializations import Dpo, Sft
+from worker.calibration import Change, Trial, failed_trial, first_step, line_search, trial
+from worker.objectives import Scores
+
+
+def valley(bottom, *, depth=1.0, error=0.01, others=None):
+    """A combined objective that falls to -depth at eta = bottom, on a logarithmic scale."""
+
+    def evaluate(eta):
+        evaluate.asked.append(eta)
+        mean = depth * (math.log2(eta / bottom) ** 2 / 4 - 1)
+        objectives = {"sft": Change(mean, error), **({} if others is None else {"dpo": others(eta)})}
+        return Trial(eta, Change(mean, error), objectives, Change(mean, error))
+
+    evaluate.asked = []
+    return evaluate
+
+
+@pytest.mark.parametrize("first", [0.25, 0.5, 1.0, 1.7, 4.0])
+def test_the_search_finds_the_bottom_of_a_valley(first):
+    evaluate = valley(1.0)
+
+    found = line_search(evaluate, first, evaluations=5)
+
+    assert found.accepted is not None
+    assert abs(math.log2(found.accepted.eta)) < 0.35
+    assert len(evaluate.asked) <= 5
+
+
+def test_a_change_within_its_standard_error_is_not_accepted():
+    found = line_search(valley(1.0, depth=0.01, error=0.02), 1.0, evaluations=5)
+
+    assert found.accepted is None
+    assert "standard error" in found.reason
+
+
+def test_a_step_that_raises_another_objective_is_not_accepted():
+    found = line_search(valley(1.0, others=lambda _: Change(0.5, 0.1)), 1.0, evaluations=5)
+
+    assert found.accepted is None
+    assert "raises dpo" in found.reason
+
+
+def test_a_shorter_step_is_taken_when_the_best_one_raises_another_objective():
+    found = line_search(valley(1.0, others=lambda eta: Change(0.5 if eta > 0.6 else -0.5, 0.1)), 1.0, evaluations=5)
+
+    assert found.accepted is not None
+    assert found.accepted.eta < 0.6
+
+
+def test_steps_that_overflow_are_walked_away_from():
+    def evaluate(eta):
+        return failed_trial(eta, [Sft()]) if eta > 0.3 else valley(0.25)(eta)
+
+    found = line_search(evaluate, 1.0, evaluations=5)
+
+    assert found.accepted is not None
+    assert found.accepted.eta <= 0.3
+
+
+def scores(chosen, rejected):
+    tokens = torch.full((len(chosen),), 10)
+    return Scores(torch.tensor(chosen).double(), tokens, torch.tensor(rejected).double(), tokens)
+
+
+def test_a_trial_weighs_the_changes_and_gives_their_standard_errors():
+    base, stepped = scores([-20.0, -30.0], [-25.0, -25.0]), scores([-18.0, -29.0], [-26.0, -27.0])
+
+    result = trial(0.5, [Sft(), Dpo(beta=0.1)], torch.tensor([2.0, 3.0]).double(), base, stepped)
+
+    sft = torch.tensor([-0.2, -0.1]).double()
+    dpo = -torch.nn.functional.logsigmoid(torch.tensor([0.3, 0.3]).double()) - math.log(2)
+    assert result.objectives["sft"].mean == pytest.approx(sft.mean().item())
+    assert result.objectives["dpo"].mean == pytest.approx(dpo.mean().item())
+    combined = 2 * sft + 3 * dpo
+    assert result.combined.mean == pytest.approx(combined.mean().item())
+    assert result.combined.error == pytest.approx(combined.std().item() / 2**0.5)
+    assert result.nll.mean == pytest.approx(sft.mean().item())
+
+
+def test_one_row_has_no_standard_error_and_supports_nothing():
+    result = trial(0.5, [Sft()], torch.ones(1).double(), scores([-20.0], [-1.0]), scores([-2.0], [-1.0]))
+
+    assert result.combined.error == float("inf")
+    assert not result.is_supported
+
+
+def test_the_first_step_is_where_the_slope_alone_would_halve_the_loss():
+    eta = first_step([2.0, 1.0], torch.tensor([0.5, 0.5]).double(), energy=0.25)
+
+    assert 0.25 * eta == pytest.approx(0.5 * (0.5 * 2.0 + 0.5 * 1.0))
