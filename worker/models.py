@@ -189,7 +189,7 @@ def _translated_errors(base_model: str) -> Iterator[None]:
             "it does not exist, the revision is unknown, or the hub is out of reach"
         ) from error
     except ValueError as error:
-        if "Unrecognized" in str(error) or "not supported" in str(error) or "trust_remote_code" in str(error):
+        if re.search(r"[Uu]nrecognized|does not recognize|not supported|trust_remote_code", str(error)):
             raise ModelUnsupported(
                 f"base_model: {base_model!r} is no causal language model that transformers knows without remote code"
             ) from error

@@ -1,0 +1,124 @@
+import json
+
+import pytest
+import torch
+
+from d2lora.errors import ModelNotFound, ModelUnsupported, WeightsUnsafe
+from tests.support.models import as_base, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.unit.worker.conftest import one_fold, reference_rows
+from worker.models import load, verify_head
+from worker.statistics import score
+
+
+def saved(tmp_path, model=None):
+    (model or tiny_llama()).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def load_here(name, **changes):
+    return load(name, **{"revision": None, "dtype": "auto", "device": "cpu", **changes})
+
+
+def test_a_directory_with_safetensors_is_loaded_frozen_and_in_float32(tmp_path):
+    base = load_here(saved(tmp_path))
+
+    assert base.model.dtype == torch.float32
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+def test_the_identity_of_local_weights_follows_their_bytes(tmp_path):
+    first = load_here(saved(tmp_path / "a", tiny_llama(seed=0))).identity
+    again = load_here(saved(tmp_path / "b", tiny_llama(seed=0))).identity
+    other = load_here(saved(tmp_path / "c", tiny_llama(seed=1))).identity
+
+    assert first == again
+    assert first.startswith("sha256:")
+    assert first != other
+
+
+def test_the_licence_is_read_from_the_models_card(tmp_path):
+    name = saved(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\n")
+
+    assert load_here(name).license == "mit"
+
+
+def test_an_unknown_path_is_not_found():
+    with pytest.raises(ModelNotFound, match="/nowhere/at/all"):
+        load_here("/nowhere/at/all")
+
+
+def test_a_hub_id_that_cannot_be_reached_is_not_found(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(ModelNotFound, match="nobody/nothing"):
+        load_here("nobody/nothing")
+
+
+def test_pickle_weights_are_never_loaded(tmp_path):
+    name = saved(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")
+
+    with pytest.raises(WeightsUnsafe, match="pickle"):
+        load_here(name)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    name = saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "t5", "is_encoder_decoder": True}))
+
+    with pytest.raises(ModelUnsupported, match="encoder-decoder"):
+        load_here(name)
+
+
+def test_a_model_that_transformers_does_not_know_is_refused(tmp_path):
+    name = saved(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "something_else"}))
+
+    with pytest.raises(ModelUnsupported):
+        load_here(name)
+
+
+@pytest.mark.parametrize("model", [tiny_llama(), tiny_gpt2()], ids=["llama", "gpt2"])
+def test_the_head_gives_the_models_own_logits(model):
+    verify_head(as_base(model))
+
+
+def test_a_head_that_is_not_understood_is_refused():
+    model = tiny_llama()
+    model.register_forward_hook(lambda _module, _inputs, output: setattr(output, "logits", output.logits * 2))
+
+    with pytest.raises(ModelUnsupported, match="logits"):
+        verify_head(as_base(model))
+
+
+def test_soft_capped_logits_are_reproduced():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=97,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+        initializer_range=0.5,
+        max_position_embeddings=128,
+        pad_token_id=0,
+    )
+    base = as_base(Gemma2ForCausalLM(config).eval())
+
+    verify_head(base)
+
+    (batch,) = one_fold(reference_rows(3, paired=False))
+    logits = base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logps = torch.log_softmax(logits[:, :-1].double(), -1).gather(2, batch.input_ids[:, 1:, None])[..., 0]
+    expected = (logps * batch.completion_mask[:, 1:]).sum(1)
+    torch.testing.assert_close(score(base, batch).chosen_logps, expected, rtol=1e-5, atol=1e-5)
