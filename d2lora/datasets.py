@@ -176,19 +176,19 @@ def _json_array(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, 
 
 
 def _csv(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, Any]]:
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     csv.field_size_limit(limits.max_row_bytes)
-    reader = csv.DictReader(text, strict=True)
     number = 0
-    try:
-        for number, row in enumerate(reader, start=1):  # the error below names it
-            if None in row or None in row.values():
-                raise DatasetSyntaxInvalid("has not as many cells as the header", row=number)
-            yield number, dict(row)
-    except csv.Error as error:
-        raise DatasetSyntaxInvalid(f"is not CSV: {error}", row=number + 1) from error
-    except UnicodeDecodeError as error:
-        raise DatasetEncodingInvalid("is not UTF-8", row=number + 1) from error
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, strict=True)
+        try:
+            for number, row in enumerate(reader, start=1):  # noqa: B007  # the errors below name it
+                if None in row or None in row.values():
+                    raise DatasetSyntaxInvalid("has not as many cells as the header", row=number)
+                yield number, dict(row)
+        except csv.Error as error:
+            raise DatasetSyntaxInvalid(f"is not CSV: {error}", row=number + 1) from error
+        except UnicodeDecodeError as error:
+            raise DatasetEncodingInvalid("is not UTF-8", row=number + 1) from error
 
 
 def _parquet(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, Any]]:

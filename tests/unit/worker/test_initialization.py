@@ -67,7 +67,9 @@ def test_stock_peft_applies_the_adapter_to_the_unmodified_base(base_model, tmp_p
     for name, layer in report["layers"].items():
         module = model.get_submodule(f"base_model.model.{name}")
         update = module.get_delta_weight("default").detach().norm().item()
-        assert update == pytest.approx(layer["relative_magnitude"] * module.base_layer.weight.detach().norm().item(), rel=1e-3)
+        assert update == pytest.approx(
+            layer["relative_magnitude"] * module.base_layer.weight.detach().norm().item(), rel=1e-3
+        )
     assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
 
 

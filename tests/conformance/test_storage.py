@@ -1,0 +1,149 @@
+import hashlib
+import threading
+from datetime import timedelta
+
+import pytest
+
+from d2lora.errors import ChecksumMismatch, NotFound, StorageFull
+
+CONTENT = b"some bytes" * 1000
+SHA = hashlib.sha256(CONTENT).hexdigest()
+KEY = "t/acme/datasets/ds_1"
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    return path
+
+
+def test_what_was_put_is_what_is_got(storage, file, tmp_path):
+    assert storage.put_file(KEY, file, SHA)
+
+    storage.get_file(KEY, tmp_path / "copy", SHA)
+
+    assert (tmp_path / "copy").read_bytes() == CONTENT
+    with storage.open(KEY) as stream:
+        assert stream.read() == CONTENT
+
+
+def test_an_object_that_is_not_there_is_not_found(storage, tmp_path):
+    with pytest.raises(NotFound):
+        storage.get_file(KEY, tmp_path / "copy", SHA)
+    with pytest.raises(NotFound):
+        storage.open(KEY)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_wrong_bytes_are_not_stored(storage, file):
+    with pytest.raises(ChecksumMismatch):
+        storage.put_file(KEY, file, "0" * 64)
+
+    with pytest.raises(NotFound):
+        storage.open(KEY)
+
+
+def test_wrong_bytes_are_not_delivered(storage, file, tmp_path):
+    storage.put_file(KEY, file, SHA)
+
+    with pytest.raises(ChecksumMismatch):
+        storage.get_file(KEY, tmp_path / "copy", "0" * 64)
+
+    assert not (tmp_path / "copy").exists()
+
+
+def test_an_object_can_be_replaced(storage, file):
+    storage.put_file(KEY, file, SHA)
+    file.write_bytes(b"new")
+
+    assert storage.put_file(KEY, file, hashlib.sha256(b"new").hexdigest())
+
+    with storage.open(KEY) as stream:
+        assert stream.read() == b"new"
+
+
+def test_only_if_absent_keeps_what_is_there(storage, file):
+    storage.put_file(KEY, file, SHA)
+    file.write_bytes(b"new")
+
+    assert not storage.put_file(KEY, file, hashlib.sha256(b"new").hexdigest(), only_if_absent=True)
+
+    with storage.open(KEY) as stream:
+        assert stream.read() == CONTENT
+
+
+def test_of_racing_writers_only_one_is_first(storage, tmp_path):
+    winners = []
+
+    def write(number):
+        path = tmp_path / str(number)
+        path.write_bytes(CONTENT + str(number).encode())
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if storage.put_file(KEY, path, digest, only_if_absent=True):
+            winners.append(number)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(winners) == 1
+    with storage.open(KEY) as stream:
+        assert stream.read() == CONTENT + str(winners[0]).encode()
+
+
+def test_a_prefix_is_removed_whole_and_alone(storage, file):
+    for key in ("t/a/1/x", "t/a/1/y/z", "t/a/2/x"):
+        storage.put_file(key, file, SHA)
+
+    storage.delete_prefix("t/a/1/")
+    storage.delete_prefix("t/a/nothing/")
+
+    for key in ("t/a/1/x", "t/a/1/y/z"):
+        with pytest.raises(NotFound):
+            storage.open(key)
+    storage.open("t/a/2/x").close()
+
+
+def test_a_signed_address_is_one_or_none(storage, file):
+    storage.put_file(KEY, file, SHA)
+
+    address = storage.sign(KEY, timedelta(minutes=1))
+
+    assert address is None or address.startswith("http")
+
+
+def test_a_storage_that_works_answers(storage):
+    storage.ping()
+
+
+def test_a_full_disk_is_said_to_be_full_and_keeps_no_half(file, tmp_path):
+    """On a real file system of 64 KiB, where this machine lets us mount one; else by the limit on a file's size."""
+    import resource
+    import signal
+    import subprocess
+
+    from d2lora.storage import LocalStorage
+
+    root = tmp_path / "small"
+    root.mkdir()
+    file.write_bytes(b"x" * 200_000)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(root)]
+    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.getsignal(signal.SIGXFSZ)
+    try:
+        if not mounted:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, hard))
+        with pytest.raises(StorageFull):
+            LocalStorage(root).put_file(KEY, file, digest)
+        assert [path for path in root.rglob("*") if path.is_file()] == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+        if mounted:
+            subprocess.run(["umount", str(root)], check=True)

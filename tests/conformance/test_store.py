@@ -1,0 +1,404 @@
+import itertools
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+
+from d2lora.errors import Conflict, IdempotencyMismatch, NotFound, NumericalFailure, RequestInvalid
+from d2lora.initializations import HeldOut, InitializationSpec, Phase, Progress, Result, ResultSummary, State
+from d2lora.store import Standing, Store
+from d2lora.tables import Table
+from tests.conformance.conftest import add_dataset
+
+LEASE = timedelta(seconds=60)
+OVER = timedelta(seconds=-1)
+PROBLEM = NumericalFailure("a layer is not finite").problem()
+RESULT = Result(
+    files=[],
+    summary=ResultSummary(
+        start="zero",
+        start_reason="because",
+        objectives=["sft"],
+        weights={"sft": 1.0},
+        cosines={},
+        held_out={"sft": HeldOut(base=1, adapter=1, rows=1)},
+        rows_used=1,
+        rows_truncated=0,
+        rows_dropped=0,
+        fingerprint="f",
+    ),
+)
+
+
+def claim(store, *, lease=LEASE, max_attempts=3, worker="w"):
+    return store.claim(worker, lease=lease, max_attempts=max_attempts)
+
+
+def state_of(store, job):
+    return store.get("acme", job.id).state
+
+
+def types_of(store, job):
+    return [event.type for event in store.events("acme", job.id)]
+
+
+def test_a_new_job_is_queued_with_its_first_event(store, spec):
+    job, new = store.create("acme", spec)
+
+    assert new
+    assert (job.state, job.attempt, job.spec) == (State.QUEUED, 0, spec)
+    assert types_of(store, job) == ["queued"]
+    assert store.get("acme", job.id) == job
+
+
+def test_a_job_of_an_unknown_dataset_is_not_made(store):
+    with pytest.raises(NotFound):
+        store.create("acme", InitializationSpec(base_model="m", dataset_id="ds_none"))
+
+    assert store.page("acme", limit=10) == ([], None)
+
+
+def test_a_claim_runs_the_oldest_job_and_carries_what_it_needs(store, spec):
+    first, _ = store.create("acme", spec)
+    store.create("acme", spec)
+
+    held = claim(store)
+
+    assert (held.id, held.attempt, held.spec, held.dataset.key) == (first.id, 1, spec, "t/acme/datasets/ds_1")
+    job = store.get("acme", first.id)
+    assert (job.state, job.attempt) == (State.RUNNING, 1)
+    assert job.started_at is not None
+
+
+def test_a_held_job_cannot_be_claimed_and_none_is_none(store, spec):
+    store.create("acme", spec)
+
+    assert claim(store) is not None
+    assert claim(store) is None
+
+
+def test_a_job_can_be_claimed_by_its_id(store, spec):
+    store.create("acme", spec)
+    second, _ = store.create("acme", spec)
+
+    held = store.claim("w", lease=LEASE, max_attempts=3, initialization_id=second.id)
+
+    assert held.id == second.id
+    assert store.claim("w", lease=LEASE, max_attempts=3, initialization_id=second.id) is None
+
+
+def test_racing_workers_claim_each_job_once(database, store, spec):
+    jobs = {store.create("acme", spec)[0].id for _ in range(20)}
+    claimed, errors = [], []
+
+    def work():
+        try:
+            with Store(database) as own:
+                while held := claim(own):
+                    claimed.append(held.id)
+        except Exception as error:  # a thread's own failure would go unseen
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert not errors
+    assert sorted(claimed) == sorted(jobs)
+
+
+def test_a_job_whose_lease_is_over_is_claimed_again_with_the_next_attempt(store, spec):
+    store.create("acme", spec)
+    first = claim(store, lease=OVER)
+
+    second = claim(store)
+
+    assert (second.id, second.attempt) == (first.id, 2)
+
+
+@pytest.mark.parametrize("verb", ["renew", "succeed", "fail", "cancelled", "hand_back", "retry"])
+def test_an_attempt_that_was_given_up_on_changes_nothing(store, spec, verb):
+    job, _ = store.create("acme", spec)
+    old = claim(store, lease=OVER)
+    claim(store)
+    before = store.get("acme", job.id)
+
+    outcome = {
+        "renew": lambda: store.renew(old, lease=LEASE, progress=Progress(phase=Phase.FACTORS, done=1, total=2)),
+        "succeed": lambda: store.succeed(old, RESULT, "prefix"),
+        "fail": lambda: store.fail(old, PROBLEM),
+        "cancelled": lambda: store.cancelled(old),
+        "hand_back": lambda: store.hand_back(old),
+        "retry": lambda: store.retry(old, PROBLEM, max_attempts=3, pause=LEASE),
+    }[verb]()
+
+    assert outcome in {False, Standing.LOST}
+    assert store.get("acme", job.id) == before
+
+
+def test_a_renewed_lease_holds_and_shows_progress(store, spec):
+    job, _ = store.create("acme", spec)
+    held = claim(store, lease=timedelta(seconds=0.3))
+    progress = Progress(phase=Phase.STATISTICS, done=3, total=10, seconds_left=1.5)
+
+    standing = store.renew(held, lease=LEASE, progress=progress)
+    time.sleep(0.4)
+
+    assert standing is Standing.HELD
+    assert claim(store) is None
+    assert store.get("acme", job.id).progress == progress
+
+
+def test_success_leaves_a_result_and_nothing_else_can_follow(store, spec):
+    job, _ = store.create("acme", spec)
+    held = claim(store)
+
+    assert store.succeed(held, RESULT, "prefix/")
+
+    job = store.get("acme", job.id)
+    assert (job.state, job.result, job.progress) == (State.SUCCEEDED, RESULT, None)
+    assert job.succeeded_at is not None
+    assert store.files_prefix("acme", job.id) == "prefix/"
+    assert not store.succeed(held, RESULT, "other/")
+    assert not store.fail(held, PROBLEM)
+    assert claim(store) is None
+    assert types_of(store, job) == ["queued", "running", "succeeded"]
+
+
+def test_failure_leaves_its_problem(store, spec):
+    job, _ = store.create("acme", spec)
+
+    assert store.fail(claim(store), PROBLEM)
+
+    job = store.get("acme", job.id)
+    assert (job.state, job.error) == (State.FAILED, PROBLEM)
+    with pytest.raises(Conflict, match="failed"):
+        store.files_prefix("acme", job.id)
+
+
+def test_a_job_whose_workers_keep_dying_fails_and_says_so(store, spec):
+    job, _ = store.create("acme", spec)
+    for attempt in (1, 2, 3):
+        assert claim(store, lease=OVER, max_attempts=3).attempt == attempt
+
+    assert claim(store, max_attempts=3) is None
+
+    job = store.get("acme", job.id)
+    assert (job.state, job.error.code) == (State.FAILED, "worker_lost")
+
+
+def test_work_that_is_handed_back_is_free_at_once_and_no_failure(store, spec):
+    store.create("acme", spec)
+    for attempt in range(1, 6):
+        held = claim(store, max_attempts=2)
+        assert held.attempt == attempt
+        assert store.hand_back(held)
+
+
+def test_a_retry_waits_and_is_bounded(store, spec):
+    job, _ = store.create("acme", spec)
+
+    assert store.retry(claim(store), PROBLEM, max_attempts=2, pause=timedelta(seconds=0.3))
+    assert state_of(store, job) is State.QUEUED
+    assert claim(store) is None
+    time.sleep(0.4)
+    assert store.retry(claim(store), PROBLEM, max_attempts=2, pause=LEASE)
+
+    assert (state_of(store, job), store.get("acme", job.id).error) == (State.FAILED, PROBLEM)
+
+
+def test_a_queued_job_is_cancelled_at_once(store, spec):
+    job, _ = store.create("acme", spec)
+
+    assert store.cancel("acme", job.id).state is State.CANCELLED
+    assert store.cancel("acme", job.id).state is State.CANCELLED
+    assert claim(store) is None
+
+
+def test_a_running_job_is_asked_to_stop_and_then_is_cancelled(store, spec):
+    job, _ = store.create("acme", spec)
+    held = claim(store)
+
+    assert store.cancel("acme", job.id).state is State.CANCELLING
+    assert store.renew(held, lease=LEASE, progress=None) is Standing.CANCELLING
+    assert store.cancelled(held)
+
+    assert types_of(store, job) == ["queued", "running", "cancelling", "cancelled"]
+
+
+def test_a_result_that_comes_after_the_wish_to_cancel_is_dropped(store, spec):
+    job, _ = store.create("acme", spec)
+    held = claim(store)
+    store.cancel("acme", job.id)
+
+    assert not store.succeed(held, RESULT, "prefix/")
+
+    assert (state_of(store, job), store.get("acme", job.id).result) == (State.CANCELLED, None)
+
+
+def test_a_cancelling_job_whose_worker_died_is_cancelled_by_the_next_claim(store, spec):
+    job, _ = store.create("acme", spec)
+    claim(store, lease=OVER)
+    store.cancel("acme", job.id)
+
+    assert claim(store) is None
+    assert state_of(store, job) is State.CANCELLED
+
+
+@pytest.mark.parametrize("settle", [lambda s, c: s.succeed(c, RESULT, "p"), lambda s, c: s.fail(c, PROBLEM)])
+def test_a_job_that_has_ended_cannot_be_cancelled(store, spec, settle):
+    job, _ = store.create("acme", spec)
+    settle(store, claim(store))
+
+    with pytest.raises(Conflict):
+        store.cancel("acme", job.id)
+
+
+def test_the_same_key_and_request_make_one_job(store, spec):
+    first, new = store.create("acme", spec, idempotency_key="k")
+    second, again = store.create("acme", spec, idempotency_key="k")
+
+    assert (new, again) == (True, False)
+    assert first.id == second.id
+    assert store.create("acme", spec, idempotency_key="other")[0].id != first.id
+
+
+def test_a_key_with_another_request_is_refused(store, spec):
+    store.create("acme", spec, idempotency_key="k")
+
+    with pytest.raises(IdempotencyMismatch):
+        store.create("acme", spec.model_copy(update={"seed": 1}), idempotency_key="k")
+
+
+def test_racing_requests_with_one_key_make_one_job(database, store, spec):
+    made, errors = set(), []
+
+    def submit():
+        try:
+            with Store(database) as own:
+                made.add(own.create("acme", spec, idempotency_key="k")[0].id)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=submit) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert not errors
+    assert len(made) == 1
+
+
+def test_keys_belong_to_their_tenant(store, spec):
+    add_dataset(store, tenant="other", dataset_id="ds_2")
+    first, _ = store.create("acme", spec, idempotency_key="k")
+
+    second, new = store.create("other", spec.model_copy(update={"dataset_id": "ds_2"}), idempotency_key="k")
+
+    assert new
+    assert first.id != second.id
+
+
+def test_another_tenants_things_do_not_exist(store, spec):
+    job, _ = store.create("acme", spec)
+
+    for verb in (
+        lambda: store.get("other", job.id),
+        lambda: store.cancel("other", job.id),
+        lambda: store.events("other", job.id),
+        lambda: store.files_prefix("other", job.id),
+        lambda: store.dataset("other", "ds_1"),
+        lambda: store.create("other", spec),
+    ):
+        with pytest.raises(NotFound):
+            verb()
+    assert store.page("other", limit=5) == ([], None)
+    assert store.datasets("other", limit=5) == ([], None)
+
+
+def test_pages_cover_everything_once_also_while_jobs_are_added(store, spec):
+    jobs = [store.create("acme", spec)[0].id for _ in range(7)]
+    seen, cursor = [], None
+
+    for _ in itertools.count():
+        page, cursor = store.page("acme", limit=3, cursor=cursor)
+        seen += [job.id for job in page]
+        store.create("acme", spec)
+        if cursor is None:
+            break
+
+    assert seen == jobs[::-1]
+
+
+def test_pages_can_be_of_one_state(store, spec):
+    store.create("acme", spec)
+    second, _ = store.create("acme", spec)
+    store.cancel("acme", second.id)
+
+    page, _ = store.page("acme", limit=5, state=State.CANCELLED)
+
+    assert [job.id for job in page] == [second.id]
+
+
+def test_a_cursor_of_somebody_elses_making_is_refused(store):
+    with pytest.raises(RequestInvalid, match="cursor"):
+        store.page("acme", limit=5, cursor="bm90IGEgY3Vyc29y")
+
+
+def test_events_are_numbered_and_can_be_continued(store, spec):
+    job, _ = store.create("acme", spec)
+    store.fail(claim(store), PROBLEM)
+
+    events = store.events("acme", job.id)
+
+    assert [event.seq for event in events] == [1, 2, 3]
+    assert events[-1].data["error"]["code"] == "numerical_failure"
+    assert store.events("acme", job.id, after=2) == events[2:]
+
+
+def test_a_transaction_that_breaks_leaves_no_trace(store, spec, monkeypatch):
+    job, _ = store.create("acme", spec)
+    held = claim(store)
+
+    def broken(*_arguments):
+        raise RuntimeError
+
+    monkeypatch.setattr("d2lora.store._add_event", broken)
+    with pytest.raises(RuntimeError):
+        store.succeed(held, RESULT, "prefix/")
+    monkeypatch.undo()
+
+    assert state_of(store, job) is State.RUNNING
+    assert types_of(store, job) == ["queued", "running"]
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(State, State)))
+def test_only_legal_moves_are_possible(before, after):
+    legal = {
+        ("queued", "running"),
+        ("queued", "cancelled"),
+        ("queued", "failed"),
+        ("running", "running"),
+        ("running", "queued"),
+        ("running", "cancelling"),
+        ("running", "succeeded"),
+        ("running", "failed"),
+        ("cancelling", "cancelled"),
+        ("succeeded", "expired"),
+    }
+
+    assert before.can_become(after) is ((before.value, after.value) in legal)
+
+
+def test_the_migrations_make_the_tables_that_the_store_uses(store):
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    with store._engine.connect() as connection:
+        difference = compare_metadata(MigrationContext.configure(connection), Table.metadata)
+
+    assert difference == []
