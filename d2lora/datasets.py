@@ -181,7 +181,7 @@ def _csv(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, Any]]:
     with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, strict=True)
         try:
-            for number, row in enumerate(reader, start=1):  # noqa: B007  # the errors below name it
+            for number, row in enumerate(reader, start=1):  # the errors below name it
                 if None in row or None in row.values():
                     raise DatasetSyntaxInvalid("has not as many cells as the header", row=number)
                 yield number, dict(row)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 from d2lora.errors import ChecksumMismatch, NotFound, StorageFull, StorageUnavailable
 
@@ -29,6 +29,7 @@ def initialization_prefix(tenant: str, initialization_id: str, attempt: int) -> 
     return f"t/{tenant}/initializations/{initialization_id}/{attempt}/"
 
 
+@runtime_checkable
 class ObjectStorage(Protocol):
     """Whole objects by key. Every verb may raise StorageUnavailable; a failed write leaves no object behind."""
 

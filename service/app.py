@@ -48,8 +48,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.keys = keys
     app.state.storage = LocalStorage(settings.storage.root)
-    problems.install(app)
     limits.install(app, settings.service.max_request_bytes)
+    problems.install(app)  # the outermost, so that every answer has a request ID
     for module in (datasets, initializations, health):
         app.include_router(module.router)
     return app

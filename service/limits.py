@@ -18,20 +18,21 @@ class BodyLimit:
         if scope["type"] != "http" or scope["path"] == "/v1/datasets":
             await self._app(scope, receive, send)
             return
+        # These bodies are small: read whole, they can still be refused with a clean answer.
+        messages: list[Message] = []
         size = 0
-
-        async def counted() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
+        while not messages or messages[-1].get("more_body", False):
+            messages.append(await receive())
+            size += len(messages[-1].get("body", b""))
             if size > self._limit:
-                raise RequestTooLarge(f"the body is over {self._limit} bytes")
-            return message
+                error = RequestTooLarge(f"the body is over {self._limit} bytes")
+                await answer(Request(scope), error.problem())(scope, receive, send)
+                return
 
-        try:
-            await self._app(scope, counted, send)
-        except RequestTooLarge as error:
-            await answer(Request(scope), error.problem())(scope, receive, send)
+        async def replayed() -> Message:
+            return messages.pop(0) if messages else await receive()
+
+        await self._app(scope, replayed, send)
 
 
 def install(app: FastAPI, limit: int) -> None:

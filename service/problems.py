@@ -43,7 +43,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> Response:
-        items = [ProblemItem(detail=fault["msg"], pointer=pointer(fault["loc"])) for fault in error.errors()]
+        items = [ProblemItem(detail=fault["msg"], pointer=_place(fault)) for fault in error.errors()]
         detail = "; ".join(f"{item.pointer}: {item.detail}" for item in items)
         return answer(request, RequestInvalid(detail, errors=items).problem())
 
@@ -67,6 +67,11 @@ def answer(request: Request, problem: Problem, headers: dict[str, str] | None = 
     return JSONResponse(
         identified.model_dump(mode="json"), status_code=problem.status, media_type=MEDIA_TYPE, headers=headers
     )
+
+
+def _place(fault: dict[str, Any]) -> str:
+    # For a body that is no JSON the location is a character's number, which points nowhere.
+    return "#" if fault["type"] == "json_invalid" else pointer(fault["loc"])
 
 
 def pointer(location: tuple[int | str, ...]) -> str:

@@ -1,0 +1,264 @@
+import hashlib
+import json
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from d2lora.database import migrate
+from d2lora.datasets import Dataset
+from d2lora.errors import NotFound, NumericalFailure, StorageFull, StorageUnavailable
+from d2lora.initializations import InitializationSpec, Phase, Result, ResultFile, ResultSummary, State
+from d2lora.settings import DatabaseSettings, WorkerSettings
+from d2lora.storage import LocalStorage, dataset_key
+from d2lora.store import Store
+from worker.runner import run_next
+
+SETTINGS = WorkerSettings(lease_seconds=5, heartbeat_seconds=0.02, max_attempts=2)
+ROWS = b'{"text": "hello"}\n'
+
+
+@pytest.fixture
+def store(tmp_path):
+    settings = DatabaseSettings(url=f"sqlite:///{tmp_path / 'd2lora.db'}")
+    migrate(settings)
+    with Store(settings) as store:
+        yield store
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return LocalStorage(tmp_path / "objects")
+
+
+@pytest.fixture
+def job(store, storage, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(ROWS)
+    digest = hashlib.sha256(ROWS).hexdigest()
+    dataset = Dataset(
+        id="ds_1",
+        created_at=datetime.now(UTC),
+        format="jsonl",
+        row_schema="text",
+        rows=1,
+        size=len(ROWS),
+        sha256=digest,
+        objectives=["sft"],
+    )
+    storage.put_file(dataset_key("acme", "ds_1"), path, digest)
+    store.add_dataset("acme", dataset, dataset_key("acme", "ds_1"))
+    return store.create("acme", InitializationSpec(base_model="m", dataset_id="ds_1"))[0]
+
+
+def write_result(directory):
+    """An adapter's files, small and complete."""
+    contents = {"adapter_model.safetensors": b"weights", "report.json": b"{}"}
+    contents["manifest.json"] = json.dumps({"version": 1, "files": []}).encode()
+    files = []
+    for name, content in contents.items():
+        (directory / name).write_bytes(content)
+        files.append(ResultFile(name=name, size=len(content), sha256=hashlib.sha256(content).hexdigest()))
+    summary = ResultSummary(
+        start="zero",
+        start_reason="r",
+        objectives=["sft"],
+        weights={"sft": 1.0},
+        cosines={},
+        held_out={},
+        rows_used=1,
+        rows_truncated=0,
+        rows_dropped=0,
+        fingerprint="f",
+    )
+    return Result(files=files, summary=summary)
+
+
+def good_build(spec, dataset, eval_dataset, out, on_progress):
+    assert dataset.path.read_bytes() == ROWS
+    on_progress(Phase.STATISTICS, 1, 1)
+    return write_result(out)
+
+
+def failing_build(error):
+    def build(spec, dataset, eval_dataset, out, on_progress):
+        raise error
+
+    return build
+
+
+def waiting_build(ready):
+    """Reports progress until it is stopped."""
+
+    def build(spec, dataset, eval_dataset, out, on_progress):
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            on_progress(Phase.STATISTICS, 1, 100)
+            ready.set()
+            time.sleep(0.005)
+        raise AssertionError("nobody stopped the build")
+
+    return build
+
+
+def run(store, storage, build, *, settings=SETTINGS, stop=None):
+    return run_next(store, storage, build, settings, worker="w", stop=stop or threading.Event())
+
+
+def stored_files(storage):
+    return {path.name for path in (storage._root / "t/acme/initializations").rglob("*") if path.is_file()}
+
+
+def test_a_job_ends_with_its_files_and_its_result(store, storage, job):
+    assert run(store, storage, good_build)
+
+    done = store.get("acme", job.id)
+    assert done.state is State.SUCCEEDED
+    prefix = store.files_prefix("acme", job.id)
+    for file in done.result.files:
+        with storage.open(prefix + file.name) as stream:
+            assert hashlib.sha256(stream.read()).hexdigest() == file.sha256
+
+
+def test_without_a_job_nothing_is_done(store, storage):
+    assert not run(store, storage, good_build)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NumericalFailure("layer x is not finite"), "numerical_failure"),
+        (StorageFull("no room"), "storage_full"),
+        (MemoryError(), "out_of_memory"),
+        (RuntimeError("secret path /home/x"), "internal_error"),
+    ],
+)
+def test_an_error_becomes_the_jobs_problem_and_leaves_no_file(store, storage, job, error, code):
+    run(store, storage, failing_build(error))
+
+    failed = store.get("acme", job.id)
+    assert (failed.state, failed.error.code) == (State.FAILED, code)
+    assert "secret" not in failed.error.detail
+    assert stored_files(storage) == set()
+
+
+def test_a_storage_that_is_away_is_tried_again_and_then_given_up(store, storage, job):
+    settings = SETTINGS.model_copy(update={"lease_seconds": 0.3})
+
+    run(store, storage, failing_build(StorageUnavailable("away")), settings=settings)
+    assert store.get("acme", job.id).state is State.QUEUED
+    time.sleep(0.2)
+    run(store, storage, failing_build(StorageUnavailable("away")), settings=settings)
+
+    assert store.get("acme", job.id).error.code == "storage_unavailable"
+
+
+class FullStorage(LocalStorage):
+    """Has room for one file of an adapter and no more."""
+
+    def put_file(self, key, path, sha256, *, only_if_absent=False):
+        if key.endswith("report.json"):
+            raise StorageFull("no room left")
+        return super().put_file(key, path, sha256, only_if_absent=only_if_absent)
+
+
+def test_a_disk_that_fills_up_while_publishing_leaves_nothing_half_written(store, storage, job):
+    run(store, FullStorage(storage._root), good_build)
+
+    assert store.get("acme", job.id).error.code == "storage_full"
+    assert stored_files(storage) == set()
+
+
+def test_a_running_job_is_cancelled_at_its_next_sign_of_progress(store, storage, job):
+    ready = threading.Event()
+    thread = threading.Thread(target=run, args=(store, storage, waiting_build(ready)))
+    thread.start()
+    ready.wait(5)
+
+    store.cancel("acme", job.id)
+    thread.join(5)
+
+    assert not thread.is_alive()
+    assert store.get("acme", job.id).state is State.CANCELLED
+    assert stored_files(storage) == set()
+
+
+def test_progress_is_stored_while_the_job_runs(store, storage, job):
+    ready, stop = threading.Event(), threading.Event()
+    thread = threading.Thread(target=run, args=(store, storage, waiting_build(ready)), kwargs={"stop": stop})
+    thread.start()
+    ready.wait(5)
+    time.sleep(0.2)
+
+    progress = store.get("acme", job.id).progress
+    stop.set()
+    thread.join(5)
+
+    assert (progress.phase, progress.done, progress.total) == (Phase.STATISTICS, 1, 100)
+    assert progress.seconds_left > 0
+
+
+def test_a_worker_that_is_stopped_hands_its_job_back(store, storage, job):
+    ready, stop = threading.Event(), threading.Event()
+    thread = threading.Thread(target=run, args=(store, storage, waiting_build(ready)), kwargs={"stop": stop})
+    thread.start()
+    ready.wait(5)
+
+    stop.set()
+    thread.join(5)
+
+    assert store.get("acme", job.id).state is State.QUEUED
+    assert run(store, storage, good_build)
+    assert store.get("acme", job.id).state is State.SUCCEEDED
+
+
+def test_a_worker_whose_lease_was_lost_publishes_nothing(store, storage, job):
+    """The lease ends under a build that does not look up; another worker finishes the job first."""
+
+    def slow_build(spec, dataset, eval_dataset, out, on_progress):
+        # Another worker's claim, as the database would allow it once the lease is over.
+        with store._engine.begin() as connection:
+            connection.exec_driver_sql("UPDATE initializations SET lease_until = '2000-01-01 00:00:00.000000'")
+        other = store.claim("other", lease=timedelta(seconds=60), max_attempts=9)
+        publish_as(other)
+        return write_result(out)
+
+    def publish_as(claim):
+        assert store.succeed(claim, Result(files=[], summary=write_summary()), f"t/acme/initializations/{claim.id}/2/")
+
+    def write_summary():
+        return ResultSummary(
+            start="zero",
+            start_reason="the other worker's",
+            objectives=["sft"],
+            weights={},
+            cosines={},
+            held_out={},
+            rows_used=1,
+            rows_truncated=0,
+            rows_dropped=0,
+            fingerprint="f",
+        )
+
+    run(store, storage, slow_build, settings=SETTINGS.model_copy(update={"heartbeat_seconds": 60.0}))
+
+    done = store.get("acme", job.id)
+    assert (done.state, done.result.summary.start_reason) == (State.SUCCEEDED, "the other worker's")
+    assert stored_files(storage) == set()
+
+
+def test_a_dataset_whose_bytes_were_changed_is_not_used(store, storage, job):
+    (storage._root / dataset_key("acme", "ds_1")).write_bytes(b'{"text": "other"}\n')
+
+    run(store, storage, good_build)
+
+    assert store.get("acme", job.id).error.code == "checksum_mismatch"
+
+
+def test_a_dataset_whose_bytes_are_gone_is_said_to_be(store, storage, job):
+    storage.delete_prefix(dataset_key("acme", "ds_1"))
+
+    run(store, storage, good_build)
+
+    assert store.get("acme", job.id).error.code == NotFound.code
