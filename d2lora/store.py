@@ -4,7 +4,6 @@ Every public verb is one transaction. A worker holds a job by a lease and an att
 that attempt and counts only while it is the newest (fencing), so a worker that was given up on changes nothing.
 """
 
-import base64
 import hashlib
 import secrets
 from dataclasses import dataclass
@@ -12,14 +11,15 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Self
 
-from sqlalchemy import and_, func, or_, select, text, tuple_
+from sqlalchemy import and_, func, or_, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from d2lora.database import now, open_engine, reading, writing
 from d2lora.datasets import Dataset
-from d2lora.errors import Conflict, IdempotencyMismatch, NotFound, Problem, RequestInvalid, WorkerLost
+from d2lora.errors import Conflict, IdempotencyMismatch, NotFound, Problem, WorkerLost
 from d2lora.initializations import Frozen, Initialization, InitializationSpec, Progress, Result, State
+from d2lora.paging import page
 from d2lora.settings import DatabaseSettings
 from d2lora.tables import DatasetRow, EventRow, IdempotencyRow, InitializationRow
 
@@ -103,7 +103,7 @@ class Store:
         """Return a page of datasets, newest first, and the cursor of the next one."""
         with reading(self._engine) as session:
             query = select(DatasetRow).where(DatasetRow.tenant == tenant)
-            rows, following = _page(session, query, DatasetRow, limit, cursor)
+            rows, following = page(session, query, DatasetRow, limit, cursor)
             return [Dataset.model_validate(row.resource) for row in rows], following
 
     # What clients do
@@ -176,7 +176,7 @@ class Store:
             query = select(InitializationRow).where(InitializationRow.tenant == tenant)
             if state is not None:
                 query = query.where(InitializationRow.state == state)
-            rows, following = _page(session, query, InitializationRow, limit, cursor)
+            rows, following = page(session, query, InitializationRow, limit, cursor)
             return [_resource(row) for row in rows], following
 
     def cancel(self, tenant: str, initialization_id: str) -> Initialization:
@@ -398,23 +398,3 @@ def _dataset(session: Session, tenant: str, dataset_id: str) -> StoredDataset:
 def _resource(row: InitializationRow) -> Initialization:
     names = Initialization.model_fields.keys() - {"object"}
     return Initialization.model_validate({name: getattr(row, name) for name in names})
-
-
-def _page(session: Session, query: Any, table: Any, limit: int, cursor: str | None) -> tuple[list[Any], str | None]:
-    if cursor is not None:
-        query = query.where(tuple_(table.created_at, table.id) < tuple_(*_decode_cursor(cursor)))
-    rows = list(session.scalars(query.order_by(table.created_at.desc(), table.id.desc()).limit(limit + 1)))
-    more = len(rows) > limit
-    return rows[:limit], _encode_cursor(rows[limit - 1]) if more else None
-
-
-def _encode_cursor(row: Any) -> str:
-    return base64.urlsafe_b64encode(f"{row.created_at.isoformat()} {row.id}".encode()).decode()
-
-
-def _decode_cursor(cursor: str) -> tuple[datetime, str]:
-    try:
-        moment, identifier = base64.urlsafe_b64decode(cursor.encode()).decode().split(" ")
-        return datetime.fromisoformat(moment), identifier
-    except ValueError as error:
-        raise RequestInvalid("cursor: it is not one that this service gave out") from error

@@ -215,6 +215,16 @@ def _forward_and_backward(
     return scores
 
 
+def plain_pass(base: BaseModel, batch: Batch) -> None:
+    """Run the forward and the activations-only backward alone: the limit that the statistics are measured against."""
+    with torch.enable_grad(), _differentiable_embeddings(base):
+        hidden = base.hidden_states(batch.input_ids, batch.attention_mask)
+        _, gradient = sequence_logps_and_gradient(
+            base.head, hidden, batch.input_ids, batch.completion_mask, vocabulary=base.vocabulary
+        )
+        hidden.backward(gradient)
+
+
 def score(base: BaseModel, batch: Batch, *, with_prompt: bool = False) -> Scores:
     """Return the rows' log-probabilities by a forward pass alone, on request with the chosen prompts' as well.
 

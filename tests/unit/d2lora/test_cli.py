@@ -1,0 +1,137 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from d2lora.initializations import Dpo, Orpo, Sft
+from d2lora.options import _OPTIONS, build_spec
+
+ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+
+
+def d2lora(*arguments, cwd, **environment):
+    import os
+
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("D2LORA")}
+    return subprocess.run(
+        [sys.executable, "-m", "d2lora.cli", *map(str, arguments)],
+        cwd=cwd,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(ROW * 3)
+    return path
+
+
+def options(**given):
+    return {**dict.fromkeys(_OPTIONS), **given}
+
+
+def test_options_become_a_request():
+    spec = build_spec(
+        "m",
+        "ds",
+        options(
+            r=8, lora_alpha=4.0, target_modules=["q_proj"], use_rslora=True, objective=["sft", "dpo:beta=0.3"], seed=3
+        ),
+    )
+
+    assert (spec.lora.r, spec.lora.lora_alpha, spec.lora.target_modules, spec.lora.use_rslora) == (
+        8,
+        4.0,
+        ["q_proj"],
+        True,
+    )
+    assert spec.objectives == [Sft(), Dpo(beta=0.3)]
+    assert spec.seed == 3
+
+
+def test_what_is_not_given_keeps_its_default():
+    assert build_spec("m", "ds", options()).model_dump(exclude={"base_model", "dataset_id"}) == {
+        **build_spec("other", "other", options()).model_dump(exclude={"base_model", "dataset_id"})
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [(["all-linear"], "all-linear"), (["q_proj"], ["q_proj"]), (["q", "v"], ["q", "v"]), ([r".*\.q"], r".*\.q")],
+)
+def test_one_value_that_is_no_plain_name_is_a_pattern(given, meant):
+    assert build_spec("m", "ds", options(target_modules=given)).lora.target_modules == meant
+
+
+def test_a_file_holds_a_request_and_options_win_over_it(tmp_path):
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps({"lora": {"r": 8, "use_rslora": True}, "seed": 5, "objectives": [{"type": "orpo"}]}))
+
+    spec = build_spec("m", "ds", options(spec=path, r=4))
+
+    assert (spec.lora.r, spec.lora.use_rslora, spec.seed, spec.objectives) == (4, True, 5, [Orpo()])
+
+
+@pytest.mark.parametrize("given", [{"r": 0}, {"objective": ["kto"]}, {"objective": ["dpo:beta"]}, {"start": "warm"}])
+def test_a_wrong_option_is_a_usage_error(given):
+    with pytest.raises(typer.BadParameter):
+        build_spec("m", "ds", options(**given))
+
+
+def test_validate_says_what_is_in_a_file(rows, tmp_path):
+    done = d2lora("validate", rows, cwd=tmp_path)
+
+    assert done.returncode == 0
+    assert "3 rows of preference; objectives: sft, dpo, orpo" in done.stdout
+    assert json.loads(d2lora("validate", rows, "--json", cwd=tmp_path).stdout)["rows"] == 3
+
+
+def test_validate_names_the_row_at_fault(rows, tmp_path):
+    rows.write_text(ROW + '{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+
+    done = d2lora("validate", rows, cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert "chosen_equals_rejected: row 2" in done.stderr
+    assert "row 2, field rejected" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["validate", "nothing.jsonl"], 2, "there is no file"),
+        (["validate", "rows.jsonl", "--column", "prompt"], 2, "ours=theirs"),
+        (["submit", "m", "rows.jsonl", "--r", "0"], 2, "greater than or equal to 1"),
+        (["status", "init_1"], 2, "no API key"),
+        (["status", "init_1", "--api-key", "k", "--url", "http://127.0.0.1:9"], 3, "service_unreachable"),
+        (["init", "/nowhere", "rows.jsonl", "--out", "out"], 1, "model_not_found"),
+        (["init", "/nowhere", "rows.jsonl", "--out", "."], 1, "not an empty directory"),
+        (["up", "--host", "0.0.0.0"], 2, "--allow-model"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_every_failure_has_its_exit_code_and_says_why(rows, tmp_path, arguments, code, said):
+    done = d2lora(*arguments, cwd=tmp_path)
+
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr.replace("transformers", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_the_commands_that_need_the_rooms_say_so_without_them(rows, tmp_path):
+    script = (
+        "import sys; sys.path[:] = [p for p in sys.path if p not in ('', %r)]; import importlib.machinery as m\n"
+        "import d2lora.cli as c; c.find_spec = lambda name: None; sys.argv = ['d2lora', 'init', 'm', %r, '--out', 'o']; c.main()"
+    ) % (str(tmp_path), str(rows))
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    assert done.returncode == 2
+    assert "needs a checkout" in done.stderr

@@ -1,0 +1,197 @@
+import hashlib
+import json
+from datetime import UTC, datetime
+
+import httpx
+import pytest
+
+from d2lora import errors
+from d2lora.client import Client
+from d2lora.errors import ChecksumMismatch, Conflict, D2LoraError, NotFound, Problem, ServiceUnreachable, from_problem
+from d2lora.initializations import InitializationSpec
+
+FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+MANIFEST = json.dumps(
+    {
+        "version": 1,
+        "files": [{"name": n, "size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in FILES.items()],
+    }
+).encode()
+CONTENTS = {**FILES, "manifest.json": MANIFEST}
+JOB = {
+    "id": "init_1",
+    "state": "queued",
+    "attempt": 0,
+    "created_at": datetime.now(UTC).isoformat(),
+    "spec": {"base_model": "m", "dataset_id": "ds_1"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+    monkeypatch.setattr("d2lora.client._pause", lambda *_: 0)
+
+
+def client_of(handler):
+    return Client("http://service", api_key="secret", transport=httpx.MockTransport(handler))
+
+
+def adapter_answer(*, change=None, elsewhere=False):
+    """A service with one adapter, whose files lie there or elsewhere, and of which one may be damaged."""
+    seen = []
+
+    def handler(request):
+        seen.append(request)
+        if request.url.path.endswith("/adapter"):
+            origin = "http://objects" if elsewhere else "http://service"
+            files = [
+                {"name": n, "size": len(c), "sha256": hashlib.sha256(c).hexdigest(), "url": f"{origin}/files/{n}"}
+                for n, c in CONTENTS.items()
+            ]
+            return httpx.Response(200, json={"initialization_id": "init_1", "files": files})
+        name = request.url.path.rpartition("/")[2]
+        return httpx.Response(200, content=(change or {}).get(name, CONTENTS[name]))
+
+    handler.seen = seen
+    return handler
+
+
+def test_a_pulled_adapter_is_whole(tmp_path):
+    with client_of(adapter_answer()) as client:
+        paths = client.pull("init_1", tmp_path / "a" / "adapter")
+
+    assert {path.name: path.read_bytes() for path in paths} == CONTENTS
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("damaged", [{"adapter_model.safetensors": b"weightx"}, {"adapter_model.safetensors": b""}])
+def test_a_damaged_file_leaves_nothing_behind(tmp_path, damaged):
+    with client_of(adapter_answer(change=damaged)) as client, pytest.raises(ChecksumMismatch, match="adapter_model"):
+        client.pull("init_1", tmp_path / "adapter")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_in_use_is_not_touched(tmp_path):
+    (tmp_path / "mine").write_text("x")
+
+    with client_of(adapter_answer()) as client, pytest.raises(Conflict):
+        client.pull("init_1", tmp_path)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_the_key_is_sent_to_the_service_alone(tmp_path, elsewhere):
+    handler = adapter_answer(elsewhere=elsewhere)
+
+    with client_of(handler) as client:
+        client.pull("init_1", tmp_path / "adapter")
+
+    for request in handler.seen:
+        assert ("authorization" in request.headers) is (request.url.host == "service")
+
+
+def test_a_service_that_comes_back_is_asked_again_with_the_same_key():
+    keys = []
+
+    def handler(request):
+        keys.append(request.headers["idempotency-key"])
+        if len(keys) == 1:
+            raise httpx.ConnectError("refused")
+        if len(keys) == 2:
+            return httpx.Response(503, headers={"retry-after": "1"})
+        return httpx.Response(202, json=JOB)
+
+    with client_of(handler) as client:
+        job = client.submit(InitializationSpec(base_model="m", dataset_id="ds_1"))
+
+    assert job.id == "init_1"
+    assert len(keys) == 3
+    assert len(set(keys)) == 1
+
+
+def test_a_service_that_stays_away_is_unreachable():
+    def handler(request):
+        raise httpx.ConnectError("refused")
+
+    with client_of(handler) as client, pytest.raises(ServiceUnreachable, match="refused"):
+        client.get("init_1")
+
+
+def test_a_problem_becomes_the_error_it_was():
+    problem = NotFound("there is none").problem()
+
+    def handler(request):
+        return httpx.Response(404, json=problem.model_dump(mode="json"))
+
+    with client_of(handler) as client, pytest.raises(NotFound, match="there is none"):
+        client.get("init_1")
+
+
+def test_an_answer_that_is_no_problem_is_no_crash():
+    with (
+        client_of(lambda _: httpx.Response(500, text="<html>")) as client,
+        pytest.raises(ServiceUnreachable, match="500"),
+    ):
+        client.get("init_1")
+
+
+def test_waiting_ends_with_the_job_or_with_the_time():
+    states = iter(["queued", "running", "succeeded"])
+
+    def handler(request):
+        return httpx.Response(200, json={**JOB, "state": next(states)})
+
+    with client_of(handler) as client:
+        assert client.wait("init_1", poll=0).state == "succeeded"
+    with client_of(lambda _: httpx.Response(200, json=JOB)) as client, pytest.raises(TimeoutError):
+        client.wait("init_1", poll=0, timeout=0.01)
+
+
+def test_pages_are_followed():
+    def handler(request):
+        if "cursor" in request.url.params:
+            return httpx.Response(200, json={"data": [{**JOB, "id": "init_2"}], "next_cursor": None})
+        return httpx.Response(200, json={"data": [JOB], "next_cursor": "c"})
+
+    with client_of(handler) as client:
+        assert [job.id for job in client.initializations()] == ["init_1", "init_2"]
+
+
+def all_errors():
+    pending = [D2LoraError]
+    while pending:
+        cls = pending.pop()
+        pending += cls.__subclasses__()
+        if cls not in {errors.UnknownProblem, D2LoraError}:
+            yield cls
+
+
+@pytest.mark.parametrize("cls", list(all_errors()))
+def test_every_error_survives_the_wire_and_pickling(cls):
+    import pickle
+
+    error = cls("what is wrong")
+
+    for copy in (from_problem(error.problem()), pickle.loads(pickle.dumps(error))):
+        assert type(copy) is cls
+        assert (copy.detail, copy.errors) == (error.detail, error.errors)
+
+
+def test_codes_are_unique_and_the_tree_is_drawn():
+    codes = [cls.code for cls in all_errors()]
+
+    assert len(set(codes)) == len(codes)
+    for cls in all_errors():
+        assert cls.__name__ in errors.__doc__
+
+
+def test_a_code_of_a_newer_service_keeps_its_words():
+    import pickle
+
+    problem = Problem(title="t", status=418, detail="d", code="teapot")
+
+    for error in (from_problem(problem), pickle.loads(pickle.dumps(from_problem(problem)))):
+        assert (error.code, error.status, error.detail) == ("teapot", 418, "d")
+        assert error.problem().code == "teapot"
