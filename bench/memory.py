@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,16 +21,17 @@ SEQUENCE = 256
 
 def measure(side: str, arguments: argparse.Namespace) -> int:
     """Run one side here, and return its peak bytes above what the loaded model takes."""
-    import torch  # noqa: PLC0415  # only the children need it
+    import torch  # only the children need it
 
-    from d2lora.initializations import LoraSpec  # noqa: PLC0415
-    from worker.data import Batch  # noqa: PLC0415
-    from worker.models import layer_sizes, load  # noqa: PLC0415
-    from worker.objectives import Basis  # noqa: PLC0415
-    from worker.pipeline import OVERSAMPLING  # noqa: PLC0415
-    from worker.sketching import Shape, Sketch, TestMatrices  # noqa: PLC0415
-    from worker.statistics import activation_checkpointing, gather, plain_pass  # noqa: PLC0415
-    from worker.targets import lora_config, resolve_targets  # noqa: PLC0415
+    from d2lora.initializations import LoraSpec
+    from worker.data import Batch
+    from worker.models import load
+    from worker.objectives import Basis
+    from worker.pipeline import sketch_shape
+    from worker.sketch_files import SketchFile
+    from worker.sketching import TestMatrices
+    from worker.statistics import activation_checkpointing, gather, plain_pass
+    from worker.targets import lora_config, resolve_targets
 
     base = load(arguments.model, revision=None, dtype="float32", device="cpu")
     config = lora_config(base.model, LoraSpec(r=arguments.r), base_model="x", revision=None)
@@ -47,13 +49,13 @@ def measure(side: str, arguments: argparse.Namespace) -> int:
             plain_pass(base, batch)
         else:
             matrices = TestMatrices(0, base.device)
-            layers = {}
-            for name, module in targets.items():
-                sizes = layer_sizes(module)
-                shape = Shape(*sizes, min(OVERSAMPLING * arguments.r, *sizes))
-                layers[name] = Sketch.empty(shape, 3, matrices)
+            shapes = {name: sketch_shape(module, rank=arguments.r) for name, module in targets.items()}
             bases = (Basis.LIKELIHOOD, Basis.MARGIN, Basis.ODDS)
-            gather(base, targets, layers, [batch], bases, on_batch=lambda *_: None)
+            with (
+                tempfile.TemporaryDirectory() as directory,
+                SketchFile(Path(directory) / "fold", "sketch", shapes, bases=3, matrices=matrices) as file,
+            ):
+                gather(base, targets, file.accumulators(), [batch], bases, on_batch=lambda *_: None)
     return _status("VmHWM") - before
 
 
@@ -79,7 +81,14 @@ def main() -> int:
     peaks = {}
     for side in ("plain", "sketched"):
         command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             sys.stderr.write(done.stderr)
             return 1

@@ -23,9 +23,9 @@ from worker.factors import Direction, Factors, Products, calibrated_step, factor
 from worker.models import BaseModel, layer_sizes
 from worker.objectives import Basis, Counts, Scores, bases_of, objective_coefficients, resolve_objectives
 from worker.report import noise_scale
+from worker.sketch_files import SketchFile
 from worker.sketch_files import load as load_statistics
-from worker.sketch_files import save as save_statistics
-from worker.sketching import DenseGradient, LayerStatistics, Shape, Sketch, TestMatrices
+from worker.sketching import Shape, TestMatrices
 from worker.statistics import Statistics, activation_checkpointing, gather
 
 OnProgress = Callable[[Phase, int, int], None]
@@ -145,6 +145,7 @@ def gather_statistics(
         pad_token_id=pad_token(base),
     )
     matrices = TestMatrices(spec.seed, base.device)
+    shapes = {name: sketch_shape(module, rank=spec.lora.r) for name, module in targets.items()}
     result = Pass(bases, [], [])
     count = _Counter(Phase.STATISTICS, len(examples), on_progress)
     with activation_checkpointing(base, enabled=settings.activation_checkpointing):
@@ -157,9 +158,8 @@ def gather_statistics(
 
             path = directory / f"fold-{fold}.safetensors"
             own = [batch for batch in batches if batch.fold == fold]
-            save_statistics(
-                gather(base, targets, _empty(targets, spec, bases, matrices), own, bases, on_batch=keep), path
-            )
+            with SketchFile(path, spec.statistics, shapes, bases=len(bases), matrices=matrices) as file:
+                file.finish(gather(base, targets, file.accumulators(), own, bases, on_batch=keep))
             result.statistics.append(load_statistics(path, matrices))
             result.scored.append(scored)
     return result
@@ -193,16 +193,10 @@ def pad_token(base: BaseModel) -> int:
     return int(next(token for token in candidates if token is not None))
 
 
-def _empty(
-    targets: Mapping[str, nn.Module], spec: InitializationSpec, bases: Sequence[Basis], matrices: TestMatrices
-) -> dict[str, LayerStatistics]:
-    kind = Sketch if spec.statistics == "sketch" else DenseGradient
-    layers = {}
-    for name, module in targets.items():
-        out_features, in_features = layer_sizes(module)
-        shape = Shape(out_features, in_features, min(OVERSAMPLING * spec.lora.r, out_features, in_features))
-        layers[name] = kind.empty(shape, len(bases), matrices)
-    return layers
+def sketch_shape(module: nn.Module, *, rank: int) -> Shape:
+    """Return the sizes of the sketch that a layer gets."""
+    out_features, in_features = layer_sizes(module)
+    return Shape(out_features, in_features, min(OVERSAMPLING * rank, out_features, in_features))
 
 
 def _leave_one_out_directions(

@@ -1,15 +1,20 @@
-"""A fold's statistics on disk: one safetensors file, whose layers are read when they are asked for.
+"""A fold's statistics on disk: one safetensors file, summed in place and read layer by layer.
 
-Only one fold's sums live in memory during a pass; the others wait here, and so will the shards of a large job.
+Only one layer's sums are in memory at a time, during the pass and after it; a large job's shards will be such files.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from worker.objectives import Counts
 from worker.sketching import DenseGradient, LayerStatistics, Shape, Sketch, TestMatrices
@@ -18,45 +23,118 @@ from worker.statistics import Statistics
 FORMAT = 1
 """Raised when a file's meaning changes, so that old and new workers never mix them up."""
 
+_KINDS: dict[str, type[Sketch] | type[DenseGradient]] = {"sketch": Sketch, "exact": DenseGradient}
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+_ROOM_FOR_COUNTS = 256
 
-def save(statistics: Statistics, path: Path) -> None:
-    """Write the statistics; `load` gives them back bit for bit."""
-    tensors = {
-        f"{name}/{part}": tensor.cpu().contiguous()
-        for name, layer in statistics.layers.items()
-        for part, tensor in layer.tensors().items()
-    }
-    shapes = {
-        name: [layer.shape.out_features, layer.shape.in_features, layer.shape.width]
-        for name, layer in statistics.layers.items()
-    }
-    kind = "sketch" if isinstance(next(iter(statistics.layers.values())), Sketch) else "exact"
-    header = {"format": FORMAT, "kind": kind, "shapes": shapes, "counts": asdict(statistics.counts)}
-    save_file(tensors, path, metadata={"d2lora": json.dumps(header)})
+
+class SketchFile:
+    """A file of sums, all zero at first; close it, or use it as a context manager."""
+
+    def __init__(
+        self, path: Path, kind: str, shapes: Mapping[str, Shape], *, bases: int, matrices: TestMatrices
+    ) -> None:
+        self._kind, self._shapes, self._bases, self._matrices = _KINDS[kind], shapes, bases, matrices
+        self._header: dict[str, Any] = {}
+        end = 0
+        for name, shape in shapes.items():
+            for part, (dtype, size) in self._kind.layout(shape, bases).items():
+                start, end = end, end + math.prod(size) * _DTYPES[dtype].itemsize
+                self._header[f"{name}/{part}"] = {"dtype": dtype, "shape": size, "data_offsets": [start, end]}
+        sizes = {name: [shape.out_features, shape.in_features, shape.width] for name, shape in shapes.items()}
+        self._about = {"format": FORMAT, "kind": kind, "shapes": sizes}
+        self._file = path.open("w+b")
+        self._offset = self._write_header(Counts(), len(self._encoded(Counts())) + _ROOM_FOR_COUNTS)
+        self._file.truncate(self._offset + end)  # a hole in the file reads as zeros
+
+    def __enter__(self) -> "SketchFile":  # noqa: PYI034  # the shape checks of the tests cannot read Self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def accumulators(self) -> dict[str, "Accumulator"]:
+        """Return what a pass adds to, by layer."""
+        return {name: Accumulator(self, name) for name in self._shapes}
+
+    def add(
+        self,
+        name: str,
+        inputs: Float[Tensor, "S T I"],
+        output_grads: Float[Tensor, "S T O"],
+        weights: Float[Tensor, "K S"],
+        *,
+        paired: bool,
+    ) -> None:
+        """Add a batch to one layer's sums."""
+        batch = self._kind.empty(self._shapes[name], self._bases, self._matrices)
+        batch.add(inputs, output_grads, weights, paired=paired)
+        for part, tensor in batch.tensors().items():
+            entry = self._header[f"{name}/{part}"]
+            start, end = entry["data_offsets"]
+            stored = os.pread(self._file.fileno(), end - start, self._offset + start)
+            summed: np.ndarray[Any, Any] = np.frombuffer(stored, dtype=_DTYPES[entry["dtype"]])
+            summed = summed + tensor.cpu().numpy().ravel()
+            os.pwrite(self._file.fileno(), summed.tobytes(), self._offset + start)
+
+    def finish(self, counts: Counts) -> None:
+        """Write what normalizes the sums."""
+        self._write_header(counts, self._offset - 8)
+        self._file.flush()
+
+    def _write_header(self, counts: Counts, length: int) -> int:
+        """Write the header of a safetensors file, padded with spaces, and return where the data begins."""
+        length += -length % 8
+        self._file.seek(0)
+        self._file.write(length.to_bytes(8, "little") + self._encoded(counts).ljust(length))
+        self._file.flush()
+        return 8 + length
+
+    def _encoded(self, counts: Counts) -> bytes:
+        metadata = {"d2lora": json.dumps({**self._about, "counts": asdict(counts)})}
+        return json.dumps({"__metadata__": metadata, **self._header}).encode()
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """One layer's sums in a file, as a pass sees them."""
+
+    file: SketchFile
+    name: str
+
+    def add(
+        self,
+        inputs: Float[Tensor, "S T I"],
+        output_grads: Float[Tensor, "S T O"],
+        weights: Float[Tensor, "K S"],
+        *,
+        paired: bool,
+    ) -> None:
+        """Add a batch; all of it or, if memory runs out, nothing."""
+        self.file.add(self.name, inputs, output_grads, weights, paired=paired)
 
 
 def load(path: Path, matrices: TestMatrices) -> Statistics:
-    """Return what `save` wrote, with layers read lazily onto the device of ``matrices``."""
+    """Return the statistics of a finished file, with layers read lazily onto the device of ``matrices``."""
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["d2lora"])
     assert header["format"] == FORMAT, f"statistics of format {header['format']}, this version reads {FORMAT}"
-    layers = _StoredLayers(
-        path, matrices, header["kind"], {name: Shape(*sizes) for name, sizes in header["shapes"].items()}
-    )
-    return Statistics(layers, Counts(**header["counts"]))
+    shapes = {name: Shape(*sizes) for name, sizes in header["shapes"].items()}
+    return Statistics(_StoredLayers(path, matrices, _KINDS[header["kind"]], shapes), Counts(**header["counts"]))
 
 
 class _StoredLayers(Mapping[str, LayerStatistics]):
     """Layers of a file, read at every look-up."""
 
-    def __init__(self, path: Path, matrices: TestMatrices, kind: str, shapes: dict[str, Shape]) -> None:
-        self._path, self._matrices, self._shapes = path, matrices, shapes
-        self._kind = Sketch if kind == "sketch" else DenseGradient
-        self._parts = ("range", "corange", "rows") if kind == "sketch" else ("gradients", "rows")
+    def __init__(
+        self, path: Path, matrices: TestMatrices, kind: type[Sketch] | type[DenseGradient], shapes: dict[str, Shape]
+    ) -> None:
+        self._path, self._matrices, self._kind, self._shapes = path, matrices, kind, shapes
 
     def __getitem__(self, name: str) -> LayerStatistics:
+        parts: Sequence[str] = list(self._kind.layout(self._shapes[name], 1))
         with safe_open(self._path, framework="pt", device=str(self._matrices.device)) as file:
-            tensors = {part: file.get_tensor(f"{name}/{part}") for part in self._parts}
+            tensors = {part: file.get_tensor(f"{name}/{part}") for part in parts}
         return self._kind.from_tensors(self._shapes[name], self._matrices, tensors)
 
     def __iter__(self) -> Iterator[str]:

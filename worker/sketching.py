@@ -208,6 +208,15 @@ class Sketch:
             shape=self.shape,
         ).cut(rank)
 
+    @staticmethod
+    def layout(shape: Shape, bases: int) -> dict[str, tuple[str, list[int]]]:
+        """Return type and size of every tensor that `tensors` returns, by name."""
+        return {
+            "range": ("F32", [bases, shape.longer, shape.width]),
+            "corange": ("F32", [bases, shape.corange_width, shape.shorter]),
+            "rows": ("F64", [bases, bases]),
+        }
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums, by name; what `from_tensors` takes."""
         return {"range": self.range_sketch, "corange": self.corange_sketch, "rows": self.row_gramian}
@@ -281,6 +290,11 @@ class DenseGradient:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         energy = values.double().square().sum().item()
         return _oriented(left, values, right, energy=energy, missed=0.0, shape=self.shape).cut(rank)
+
+    @staticmethod
+    def layout(shape: Shape, bases: int) -> dict[str, tuple[str, list[int]]]:
+        """Return type and size of every tensor that `tensors` returns, by name."""
+        return {"gradients": ("F32", [bases, shape.out_features, shape.in_features]), "rows": ("F64", [bases, bases])}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums, by name; what `from_tensors` takes."""

@@ -8,10 +8,11 @@ Shape legend
     S  sequences    T  tokens of a padded sequence    K  bases
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,6 +34,21 @@ class Statistics:
     counts: Counts = field(default_factory=Counts)
 
 
+@runtime_checkable
+class Sums(Protocol):
+    """What a pass adds a layer's batches to."""
+
+    def add(
+        self,
+        inputs: Float[Tensor, "S T I"],
+        output_grads: Float[Tensor, "S T O"],
+        weights: Float[Tensor, "K S"],
+        *,
+        paired: bool,
+    ) -> None:
+        """Add a batch; all of it or, if memory runs out, nothing."""
+
+
 _Added = tuple[Basis | None, str]
 """A layer's name, and which of a batch's backward passes it was: None for the completions' own."""
 
@@ -41,7 +57,7 @@ _Added = tuple[Basis | None, str]
 class _Recorder:
     """What a backward pass adds where; ``done`` survives a pass that runs out of memory."""
 
-    layers: Mapping[str, LayerStatistics]
+    layers: Mapping[str, Sums]
     skip: frozenset[_Added]
     paired: bool
     weights: Float[Tensor, "K S"] | None = None
@@ -52,6 +68,9 @@ class _Recorder:
         assert self.weights is not None
         if (self.only, name) in self.skip:
             return
+        # One number tells: a sum over a NaN or an infinity is not finite either.
+        if not math.isfinite(output_grads.sum().item()) and not bool(torch.isfinite(output_grads).all()):
+            raise NumericalFailure(f"the gradient at the output of layer {name!r} is not finite; try dtype float32")
         self.layers[name].add(inputs, output_grads, self.weights, paired=self.paired)
         self.done.add((self.only, name))
 
@@ -128,35 +147,32 @@ def activation_checkpointing(base: BaseModel, *, enabled: bool) -> Iterator[None
 def gather(
     base: BaseModel,
     targets: Mapping[str, nn.Module],
-    layers: Mapping[str, LayerStatistics],
+    layers: Mapping[str, Sums],
     batches: Sequence[Batch],
     bases: Sequence[Basis],
     *,
     on_batch: Callable[[Batch, Scores], None],
-) -> Statistics:
-    """Add the batches to ``layers`` and return them with their counts.
+) -> Counts:
+    """Add the batches to ``layers`` and return what normalizes them.
 
     ``on_batch`` is told of every batch when all of it has been added, with its rows' scores under the base model.
 
     Raises:
-        NumericalFailure: a log-probability or a sum is not finite; the message names the layer.
+        NumericalFailure: a log-probability or a gradient is not finite; the message names the layer.
         OutOfMemory: a batch of a single row does not fit.
     """
-    statistics = Statistics(layers)
+    counts = Counts()
     for batch in batches:
         for part, scores in _add_batch(base, targets, layers, batch, bases, skip=frozenset()):
-            statistics.counts += count(scores)
+            counts += count(scores)
             on_batch(part, scores)
-    for name, layer in layers.items():
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in layer.tensors().values()):
-            raise NumericalFailure(f"the gradient statistics of layer {name!r} are not finite")
-    return statistics
+    return counts
 
 
 def _add_batch(
     base: BaseModel,
     targets: Mapping[str, nn.Module],
-    layers: Mapping[str, LayerStatistics],
+    layers: Mapping[str, Sums],
     batch: Batch,
     bases: Sequence[Basis],
     *,

@@ -127,9 +127,9 @@ def test_every_failure_has_its_exit_code_and_says_why(rows, tmp_path, arguments,
 
 def test_the_commands_that_need_the_rooms_say_so_without_them(rows, tmp_path):
     script = (
-        "import sys; sys.path[:] = [p for p in sys.path if p not in ('', %r)]; import importlib.machinery as m\n"
-        "import d2lora.cli as c; c.find_spec = lambda name: None; sys.argv = ['d2lora', 'init', 'm', %r, '--out', 'o']; c.main()"
-    ) % (str(tmp_path), str(rows))
+        "import sys, d2lora.cli as cli; cli.find_spec = lambda name: None; "
+        f"sys.argv = ['d2lora', 'init', 'm', {str(rows)!r}, '--out', 'o']; cli.main()"
+    )
 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
 

@@ -162,7 +162,7 @@ def test_a_full_disk_is_reported_as_such(base_model, tmp_path, monkeypatch):
     def full(*_arguments, **_named):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("worker.pipeline.save_statistics", full)
+    monkeypatch.setattr("worker.sketch_files.os.pwrite", full)
 
     with pytest.raises(StorageFull):
         run(base_model, write_rows(tmp_path / "rows.jsonl", 3), tmp_path / "out")

@@ -10,7 +10,7 @@ from tests.unit.worker.conftest import one_fold, reference_rows
 from worker.models import layer_sizes
 from worker.objectives import bases_of, objective_coefficients
 from worker.sketching import DenseGradient, Shape, Sketch, TestMatrices
-from worker.statistics import activation_checkpointing, gather, score
+from worker.statistics import Statistics, activation_checkpointing, gather, score
 from worker.targets import lora_config, resolve_targets
 
 OBJECTIVES = [Sft(), Dpo(beta=0.3), Orpo(beta=0.7)]
@@ -31,7 +31,7 @@ def gathered(model, rows, *, kind=DenseGradient, objectives=OBJECTIVES, max_toke
     bases = bases_of(objectives)
     layers = empty(targets, kind, bases=len(bases))
     batches = one_fold(rows, max_tokens=max_tokens)
-    statistics = gather(base, targets, layers, batches, bases, on_batch=lambda *_: None)
+    statistics = Statistics(layers, gather(base, targets, layers, batches, bases, on_batch=lambda *_: None))
     return statistics, objective_coefficients(objectives, bases, statistics.counts)
 
 
@@ -116,12 +116,12 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_counted_once(failing):
     FailsOnce.spent = False
     told = []
 
-    statistics = gather(base, targets, layers, one_fold(rows), bases, on_batch=lambda batch, _: told.append(batch.rows))
+    counts = gather(base, targets, layers, one_fold(rows), bases, on_batch=lambda batch, _: told.append(batch.rows))
 
     assert FailsOnce.spent
     assert sorted(row for rows in told for row in rows) == list(range(8))
-    assert statistics.counts == expected.counts
-    assert_same_sums(expected, statistics)
+    assert counts == expected.counts
+    assert_same_sums(expected, Statistics(layers))
 
 
 def test_a_single_row_that_does_not_fit_is_an_error_with_a_remedy():

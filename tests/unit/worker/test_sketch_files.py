@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from tests.unit.worker.test_sketching import random_batch
+from worker.objectives import Counts
+from worker.sketch_files import SketchFile, load
+from worker.sketching import DenseGradient, Shape, Sketch, TestMatrices
+
+SHAPES = {"a.wide": Shape(12, 30, 4), "b.tall": Shape(40, 10, 4)}
+COUNTS = Counts(rows=10**9, chosen_tokens=10**12, sequence_tokens=10**12)
+
+
+@pytest.mark.parametrize(("kind", "make"), [("sketch", Sketch), ("exact", DenseGradient)])
+def test_sums_in_a_file_are_those_in_memory(tmp_path, kind, make):
+    matrices = TestMatrices(0, torch.device("cpu"))
+    expected = {name: make.empty(shape, 3, matrices) for name, shape in SHAPES.items()}
+
+    with SketchFile(tmp_path / "fold", kind, SHAPES, bases=3, matrices=matrices) as file:
+        for seed in range(3):
+            for name, accumulator in file.accumulators().items():
+                shape = SHAPES[name]
+                batch = random_batch(shape.out_features, shape.in_features, rows=4, tokens=5, seed=seed)
+                accumulator.add(*batch, paired=True)
+                expected[name].add(*batch, paired=True)
+        file.finish(COUNTS)
+    loaded = load(tmp_path / "fold", matrices)
+
+    assert loaded.counts == COUNTS
+    assert list(loaded.layers) == list(SHAPES)
+    for name, layer in expected.items():
+        assert isinstance(loaded.layers[name], make)
+        for part, tensor in layer.tensors().items():
+            torch.testing.assert_close(loaded.layers[name].tensors()[part], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_the_file_is_ordinary_safetensors(tmp_path):
+    from safetensors.torch import load_file
+
+    matrices = TestMatrices(0, torch.device("cpu"))
+    with SketchFile(tmp_path / "fold", "sketch", SHAPES, bases=2, matrices=matrices) as file:
+        file.finish(COUNTS)
+
+    tensors = load_file(tmp_path / "fold")
+
+    assert {name.partition("/")[0] for name in tensors} == set(SHAPES)
+    assert tensors["a.wide/range"].shape == (2, 30, 4)
+    assert not any(tensor.any() for tensor in tensors.values())
