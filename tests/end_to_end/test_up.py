@@ -1,0 +1,104 @@
+import json
+import os
+import signal
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from d2lora.initializations import InitializationSpec, LoraSpec, Phase, State
+from tests.end_to_end.conftest import alive, wait_for
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    def write(count):
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text(
+            "".join(
+                json.dumps({"prompt": f"item {i}:", "chosen": " yes yes", "rejected": f" no {i}"}) + "\n"
+                for i in range(count)
+            )
+        )
+        return path
+
+    return write
+
+
+def submit(client, model, path, **changes):
+    dataset = client.upload_dataset(path)
+    return client.submit(InitializationSpec(base_model=model, dataset_id=dataset.id, lora=LoraSpec(r=2), **changes))
+
+
+def test_a_dataset_goes_in_and_an_adapter_that_loads_comes_out(up, tiny_model, rows, tmp_path):
+    seen = []
+    with up.client() as client:
+        job = submit(client, tiny_model, rows(24), max_tokens_per_batch=64)
+        done = client.wait(job.id, poll=0.05, on_update=lambda now: seen.append(now.progress), timeout=90)
+        client.pull(job.id, tmp_path / "adapter")
+
+    assert done.state is State.SUCCEEDED, done.error
+    assert done.result.summary.held_out["nll"].adapter < done.result.summary.held_out["nll"].base
+    assert {progress.phase for progress in seen if progress} & set(Phase)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(tmp_path / "adapter"))
+    assert any(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if "lora_B" in name)
+
+
+def test_a_killed_worker_is_started_again_and_its_job_is_finished_once(up, tiny_model, rows):
+    with up.client() as client:
+        job = submit(client, tiny_model, rows(400), max_tokens_per_batch=64)
+        wait_for(lambda: client.get(job.id).progress is not None, up.log)
+        (worker,) = up.children("worker run")
+
+        os.kill(worker, signal.SIGKILL)
+
+        done = client.wait(job.id, poll=0.2, timeout=150)
+    assert done.state is State.SUCCEEDED, done.error
+    assert done.attempt == 2
+    with up.client() as client:
+        types = [event["type"] for event in client._send("GET", f"/v1/initializations/{job.id}/events").json()["data"]]
+    assert types == ["queued", "running", "running", "succeeded"]
+
+
+def test_a_running_job_is_cancelled_within_a_batch(up, tiny_model, rows):
+    with up.client() as client:
+        job = submit(client, tiny_model, rows(2000), max_tokens_per_batch=64)
+        wait_for(lambda: client.get(job.id).progress is not None, up.log)
+
+        client.cancel(job.id)
+
+        assert client.wait(job.id, poll=0.1, timeout=20).state is State.CANCELLED
+
+
+def test_a_job_that_cannot_be_done_fails_with_its_reason(up, tiny_model, rows):
+    with up.client() as client:
+        job = submit(client, tiny_model, rows(4), max_length=3)
+        done = client.wait(job.id, poll=0.1, timeout=90)
+
+    assert (done.state, done.error.code) == (State.FAILED, "rows_too_long")
+
+
+def test_stopping_takes_everything_along(up):
+    children = up.children("worker run") + up.children("service")
+    assert len(children) == 2
+
+    up.process.send_signal(signal.SIGTERM)
+
+    up.process.wait(40)
+    wait_for(lambda: not any(alive(child) for child in children), up.log, timeout=5)
+
+
+def test_no_child_outlives_a_supervisor_that_is_killed(up):
+    children = up.children("worker run") + up.children("service")
+    assert len(children) == 2
+
+    os.kill(up.process.pid, signal.SIGKILL)
+
+    wait_for(lambda: not any(alive(child) for child in children), up.log, timeout=30)
+
+
+def test_the_key_and_the_state_are_for_their_owner_alone(up, tmp_path):
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "state" / "api_key").stat().st_mode & 0o777 == 0o600
