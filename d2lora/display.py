@@ -28,7 +28,10 @@ def print_summary(summary: ResultSummary) -> None:
     """Print what a job's result says about its adapter."""
     print(f"start: {summary.start} ({summary.start_reason})")
     weights = ", ".join(f"{name} {weight:.3f}" for name, weight in summary.weights.items())
-    print(f"objectives: {weights}" + "".join(f"; cos({pair}) {value:+.3f}" for pair, value in summary.cosines.items()))
+    print(
+        f"objectives ({summary.objectives_reason}): {weights}"
+        + "".join(f"; cos({pair}) {value:+.3f}" for pair, value in summary.cosines.items())
+    )
     for name, value in summary.held_out.items():
         print(f"held out, cross-validated: {name} {value.base:.4f} -> {value.adapter:.4f} on {value.rows} rows")
     for name, value in (summary.evaluation or {}).items():

@@ -217,6 +217,7 @@ class ResultSummary(Frozen):
     start: Literal["calibrated", "zero"] = Field(description="the start that was delivered")
     start_reason: str = Field(description="why that start was delivered, in a sentence")
     objectives: list[str]
+    objectives_reason: str = Field(description="why these objectives took part")
     weights: dict[str, float] = Field(description="of the normalized gradients, per objective")
     cosines: dict[str, float] = Field(description="between gradients of two objectives, such as 'sft,dpo'")
     held_out: dict[str, HeldOut] = Field(description="cross-validated objective values, per objective")

@@ -88,7 +88,7 @@ _UNION_TAGS = {"sft", "dpo", "orpo", "mgda", "upgrad", "imtl_g", "mean", "fixed"
 def responses(*errors: type[D2LoraError]) -> dict[int | str, dict[str, Any]]:
     """Return OpenAPI's description of the errors that an operation may answer with."""
     by_status: dict[int | str, list[type[D2LoraError]]] = {}
-    every: list[type[D2LoraError]] = [*errors, Unauthorized, InternalError]
+    every: list[type[D2LoraError]] = list(dict.fromkeys([*errors, RequestInvalid, Unauthorized, InternalError]))
     for error in every:
         by_status.setdefault(error.status, []).append(error)
     return {

@@ -73,28 +73,33 @@ def adapted(modules: Mapping[str, nn.Module], factors: Mapping[str, Factors], *,
 
 @dataclass(frozen=True)
 class Products:
-    """Inner products of gradients, summed over layers; every Gramian and norm that is asked for follows."""
+    """Inner products of gradients; every Gramian and norm that is asked for follows."""
 
     folds: Float[Tensor, "F K F K"]
-    """Between the summed bases of two folds; bilinear, so a union of folds is a sum of blocks."""
+    """Between the summed bases of two folds, over all layers; bilinear, so a union of folds is a sum of blocks."""
     rows: Float[Tensor, "K K"]
     """Between a row's own gradients, summed over all rows."""
+    layers: Mapping[str, Float[Tensor, "K K"]]
+    """Between the bases summed over all folds, of one layer each."""
 
 
 def inner_products(folds: Sequence[Statistics], bases: int) -> Products:
     """Return the inner products of all folds' bases."""
     table = torch.zeros(len(folds), bases, len(folds), bases, dtype=torch.float64)
     rows = torch.zeros(bases, bases, dtype=torch.float64)
+    layers = {}
     for name in folds[0].layers:
         parts = [fold.layers[name] for fold in folds]
+        own = torch.zeros_like(table)
         for i, left in enumerate(parts):
             rows += left.row_gramian.cpu()
             for j, right in enumerate(parts[: i + 1]):
                 block = left.inner_products(right).cpu()  # type: ignore[arg-type]  # all folds of a job are of one kind
-                table[i, :, j, :] += block
-                if i != j:
-                    table[j, :, i, :] += block.T
-    return Products(table, rows)
+                own[i, :, j, :] = block
+                own[j, :, i, :] = block.T
+        table += own
+        layers[name] = own.sum((0, 2))
+    return Products(table, rows, layers)
 
 
 def _sum(parts: Sequence[LayerStatistics]) -> LayerStatistics:

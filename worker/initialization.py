@@ -32,6 +32,7 @@ from worker.report import (
     TrialReport,
     hardware,
     layer_report,
+    pairwise_cosines,
     round_to,
     versions,
 )
@@ -169,18 +170,13 @@ def _report(
 ) -> Report:
     names = [objective.type for objective in built.objectives]
     mixture = built.mixture
-    cosines = {
-        f"{left},{right}": round_to(mixture.cosines[i, j].item())
-        for i, left in enumerate(names)
-        for j, right in enumerate(names)
-        if i < j
-    }
     summary = ResultSummary(
         start="calibrated" if built.eta > 0 else "zero",
         start_reason=built.reason,
         objectives=names,
+        objectives_reason="as requested" if spec.objectives else _why_these(encoded.examples),
         weights={name: round_to(weight) for name, weight in zip(names, mixture.weights.tolist(), strict=True)},
-        cosines=cosines,
+        cosines={pair: value for pair, value in pairwise_cosines(mixture.cosines, names).items() if value is not None},
         held_out=built.held_out,
         evaluation=evaluation,
         rows_used=len(encoded.examples),
@@ -214,13 +210,21 @@ def _report(
         ],
         calibration=_calibration_report(built),
         layers={
-            name: layer_report(layer, eta=built.eta, weight_norm=weight_norm(targets[name]))
+            name: layer_report(
+                layer, built.layer_gramians[name], names, eta=built.eta, weight_norm=weight_norm(targets[name])
+            )
             for name, layer in built.direction.items()
         },
         seconds=seconds,
         versions=versions(),
         hardware=hardware(base.device),
     )
+
+
+def _why_these(examples: Sequence[Example]) -> str:
+    if examples[0].rejected is None:
+        return "rows without rejected completions allow no other"
+    return "all that the rows allow"
 
 
 def _calibration_report(built: BuiltAdapter) -> CalibrationReport | None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase
 from d2lora.settings import WorkerSettings
@@ -60,6 +61,8 @@ class BuiltAdapter:
     direction: Direction
     objectives: list[Objective]
     mixture: Mixture
+    layer_gramians: dict[str, Float[Tensor, "J J"]]
+    """Inner products of the objectives' gradients, of one layer each."""
     noise_scales: list[float | None]
     folds: int
     calibration: Calibration | None
@@ -110,12 +113,14 @@ def build_adapter(
     accepted = calibration.accepted if calibration else None
     eta = accepted.eta if accepted else 0.0
 
+    coefficients = objective_coefficients(objectives, one_pass.bases, one_pass.counts())
     base_scores = Scores.concatenate([scores for fold in rows for _, scores in fold])
     return BuiltAdapter(
         factors=calibrated_step(direction, eta=eta, scaling=spec.lora.scaling),
         direction=direction,
         objectives=objectives,
         mixture=mixture,
+        layer_gramians={name: coefficients @ own @ coefficients.T for name, own in products.layers.items()},
         noise_scales=_noise_scales(one_pass, products, objectives),
         folds=len(one_pass.statistics),
         calibration=calibration,

@@ -1,6 +1,7 @@
 """``report.json``: the evidence that an adapter carries, and the model card that quotes it."""
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Literal
 
@@ -36,6 +37,10 @@ class LayerReport(Frozen):
     """Estimated relative error of the sketched direction before the cut to rank r; 0 in exact mode."""
     relative_magnitude: float
     """|s B A| / |W|, Frobenius norms."""
+    gradient_norms: dict[str, float]
+    """Of every objective in this layer."""
+    cosines: dict[str, float | None]
+    """Between two objectives' gradients in this layer, such as "sft,dpo"; null where one of them is zero."""
 
 
 class TrialReport(Frozen):
@@ -84,15 +89,33 @@ class Report(Frozen):
     hardware: str
 
 
-def layer_report(direction: LowRank, *, eta: float, weight_norm: float) -> LayerReport:
-    """Return the report of one layer whose direction was cut to rank r."""
+def layer_report(
+    direction: LowRank, gramian: Float[Tensor, "J J"], names: Sequence[str], *, eta: float, weight_norm: float
+) -> LayerReport:
+    """Return the report of one layer whose direction was cut to rank r; ``gramian`` is that of its objectives."""
     energy = direction.energy
     return LayerReport(
         singular_values=[round_to(value) for value in direction.values.tolist()],
         energy_kept=round_to(min(1.0, direction.kept / energy)) if energy > 0 else 1.0,
         sketch_error=round_to((direction.missed / energy) ** 0.5) if energy > 0 else 0.0,
         relative_magnitude=round_to(eta * direction.kept**0.5 / weight_norm) if weight_norm > 0 else 0.0,
+        gradient_norms={
+            name: round_to(value**0.5) for name, value in zip(names, gramian.diagonal().tolist(), strict=True)
+        },
+        cosines=pairwise_cosines(gramian, names),
     )
+
+
+def pairwise_cosines(gramian: Float[Tensor, "J J"], names: Sequence[str]) -> dict[str, float | None]:
+    """Return the cosine between every two objectives' gradients; None where one of them is zero."""
+    norms = gramian.diagonal().sqrt().tolist()
+    return {
+        f"{names[i]},{names[j]}": round_to(gramian[i, j].item() / (norms[i] * norms[j]))
+        if norms[i] * norms[j]
+        else None
+        for i in range(len(names))
+        for j in range(i + 1, len(names))
+    }
 
 
 def noise_scale(

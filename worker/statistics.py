@@ -194,9 +194,7 @@ def _add_batch(
         yield batch, scores
         return
     if len(batch.rows) == 1:
-        raise OutOfMemory(
-            f"a row of {batch.input_ids.numel()} tokens does not fit into memory; lower max_length"
-        ) from failure
+        raise _single_row_too_large(batch) from failure
     del failure  # its traceback keeps the activations alive
     if base.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -246,8 +244,19 @@ def score(base: BaseModel, batch: Batch, *, with_prompt: bool = False) -> Scores
 
     Raises:
         NumericalFailure: a log-probability is not finite.
+        OutOfMemory: a single row does not fit; more than one are taken in halves.
     """
-    batch = batch.to(base.device)
+    try:
+        return _score(base, batch.to(base.device), with_prompt=with_prompt)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(batch.rows) == 1:
+            raise _single_row_too_large(batch) from error
+    return Scores.concatenate([score(base, half, with_prompt=with_prompt) for half in batch.halves()])
+
+
+def _score(base: BaseModel, batch: Batch, *, with_prompt: bool) -> Scores:
     with torch.no_grad():
         hidden = base.hidden_states(batch.input_ids, batch.attention_mask)
         logps = sequence_logps(base.head, hidden, batch.input_ids, batch.completion_mask, vocabulary=base.vocabulary)
@@ -257,6 +266,10 @@ def score(base: BaseModel, batch: Batch, *, with_prompt: bool = False) -> Scores
         mask = _prompt_mask(batch)
         prompt_logps = sequence_logps(base.head, hidden, batch.input_ids, mask, vocabulary=base.vocabulary)
     return _with_prompt(scores, prompt_logps, mask)
+
+
+def _single_row_too_large(batch: Batch) -> OutOfMemory:
+    return OutOfMemory(f"a row of {batch.input_ids.numel()} tokens does not fit into memory; lower max_length")
 
 
 def _with_prompt(scores: Scores, prompt_logps: Float[Tensor, " S"], mask: Bool[Tensor, "S T"]) -> Scores:

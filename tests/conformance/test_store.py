@@ -20,6 +20,7 @@ RESULT = Result(
         start="zero",
         start_reason="because",
         objectives=["sft"],
+        objectives_reason="r",
         weights={"sft": 1.0},
         cosines={},
         held_out={"sft": HeldOut(base=1, adapter=1, rows=1)},

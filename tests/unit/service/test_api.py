@@ -43,6 +43,7 @@ def succeeded(app, client, upload, tmp_path):
         start="zero",
         start_reason="r",
         objectives=["sft"],
+        objectives_reason="r",
         weights={"sft": 1},
         cosines={},
         held_out={"sft": HeldOut(base=1, adapter=1, rows=1)},

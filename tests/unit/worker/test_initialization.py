@@ -70,6 +70,14 @@ def test_stock_peft_applies_the_adapter_to_the_unmodified_base(base_model, tmp_p
         assert update == pytest.approx(
             layer["relative_magnitude"] * module.base_layer.weight.detach().norm().item(), rel=1e-3
         )
+        assert layer["gradient_norms"].keys() == {"sft", "dpo", "orpo"}
+        assert all(-1.001 <= value <= 1.001 for value in layer["cosines"].values())
+    assert report["summary"]["objectives_reason"] == "all that the rows allow"
+    norms = {objective["type"]: objective["gradient_norm"] for objective in report["objectives"]}
+    for name, norm in norms.items():
+        assert norm**2 == pytest.approx(
+            sum(layer["gradient_norms"][name] ** 2 for layer in report["layers"].values()), rel=1e-3
+        )
     assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
 
 

@@ -210,3 +210,20 @@ def test_a_forward_alone_scores_as_the_pass_does():
 
     torch.testing.assert_close(scored.chosen_logps, told[0].chosen_logps)
     torch.testing.assert_close(scored.rejected_logps, told[0].rejected_logps)
+
+
+def test_scoring_takes_halves_when_memory_runs_out():
+    model, rows = tiny_llama(), reference_rows(5, paired=True)
+    (batch,) = one_fold(rows)
+    expected = score(as_base(model), batch, with_prompt=True)
+
+    def refuse_large(_module, arguments):
+        if len(arguments[0]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.model.layers[0].register_forward_pre_hook(refuse_large)
+    scored = score(as_base(model), batch, with_prompt=True)
+    handle.remove()
+
+    for name, values in vars(expected).items():
+        torch.testing.assert_close(getattr(scored, name), values)
