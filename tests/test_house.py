@@ -93,7 +93,9 @@ def test_every_documented_setting_exists():
 def test_the_readmes_commands_are_the_makefiles():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for name in ("README.md", "CONTRIBUTING.md"):
-        for command in re.findall(r"make ([a-z-]+)", (ROOT / name).read_text()):
+        commands = re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / name).read_text(), re.MULTILINE)
+        assert {"test"} < set(commands)
+        for command in commands:
             assert command in targets, command
 
 
