@@ -30,6 +30,12 @@ class StorageSettings(BaseSettings):
     model_config = _prefix("STORAGE_")
 
     root: Path = Field(default=Path(".d2lora/objects"), description="directory of the local object store")
+    bucket: str | None = Field(default=None, description="S3 bucket; the local store is used when unset")
+    endpoint_url: str | None = Field(
+        default=None, description="of an S3-compatible store, as service and workers see it"
+    )
+    public_endpoint_url: str | None = Field(default=None, description="the same store, as clients see it")
+    region: str = Field(default="us-east-1", description="of the bucket; keys come from where AWS's tools find them")
 
 
 class ModelSettings(BaseSettings):

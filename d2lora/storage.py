@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from d2lora.errors import ChecksumMismatch, NotFound, StorageFull, StorageUnavailable
+from d2lora.settings import StorageSettings
 
 
 def dataset_key(tenant: str, dataset_id: str) -> str:
@@ -60,6 +61,15 @@ class ObjectStorage(Protocol):
 
     def ping(self) -> None:
         """Return if the storage can be used."""
+
+
+def open_storage(settings: StorageSettings) -> ObjectStorage:
+    """Return the store that the settings name."""
+    if settings.bucket is None:
+        return LocalStorage(settings.root)
+    from d2lora.s3 import S3Storage  # noqa: PLC0415  # its driver is large, and a single machine needs none
+
+    return S3Storage(settings)
 
 
 class LocalStorage:

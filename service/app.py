@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from d2lora import __version__
-from d2lora.storage import LocalStorage
+from d2lora.storage import open_storage
 from d2lora.store import Store
 from service import datasets, health, initializations, limits, problems
 from service.auth import KeyRing
@@ -47,7 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.stopping = threading.Event()
     app.state.settings = settings
     app.state.keys = keys
-    app.state.storage = LocalStorage(settings.storage.root)
+    app.state.storage = open_storage(settings.storage)
     limits.install(app, settings.service.max_request_bytes)
     problems.install(app)  # the outermost, so that every answer has a request ID
     for module in (datasets, initializations, health):

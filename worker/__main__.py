@@ -23,7 +23,7 @@ from d2lora.datasets import DatasetFile, Format
 from d2lora.errors import D2LoraError, InternalError, RequestInvalid
 from d2lora.initializations import InitializationSpec, Phase, Progress, Result
 from d2lora.settings import DatabaseSettings, StorageSettings, WorkerSettings
-from d2lora.storage import LocalStorage
+from d2lora.storage import ObjectStorage, open_storage
 from d2lora.store import Store
 from worker.runner import Build, OnProgress, run_next
 
@@ -55,12 +55,12 @@ def run() -> int:
     settings = WorkerSettings()
     migrate(DatabaseSettings())
     with Store(DatabaseSettings()) as store:
-        serve(store, LocalStorage(StorageSettings().root), build_with(settings), settings, stop=stop)
+        serve(store, open_storage(StorageSettings()), build_with(settings), settings, stop=stop)
     return 0
 
 
 def serve(
-    store: Store, storage: LocalStorage, build: Build, settings: WorkerSettings, *, stop: threading.Event
+    store: Store, storage: ObjectStorage, build: Build, settings: WorkerSettings, *, stop: threading.Event
 ) -> None:
     """Run jobs one after another until ``stop`` is set."""
     worker = f"{socket.gethostname()}:{os.getpid()}"

@@ -11,9 +11,10 @@ from sqlalchemy import create_engine, make_url
 from d2lora.database import migrate
 from d2lora.datasets import Dataset
 from d2lora.initializations import InitializationSpec
-from d2lora.settings import DatabaseSettings
-from d2lora.storage import LocalStorage
+from d2lora.settings import DatabaseSettings, StorageSettings
+from d2lora.storage import open_storage
 from d2lora.store import Store
+from tests.support import s3
 
 
 @pytest.fixture(scope="session")
@@ -52,9 +53,25 @@ def store(database):
         yield store
 
 
-@pytest.fixture(params=["local"])
-def storage(request, tmp_path):
-    return LocalStorage(tmp_path / "objects")
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A real S3-compatible server with credentials; returns its settings but for the bucket."""
+    with s3.running(tmp_path_factory.mktemp("s3")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request, tmp_path, monkeypatch):
+    """An empty object store."""
+    if request.param == "local":
+        return open_storage(StorageSettings(root=tmp_path / "objects"))
+    endpoint = request.getfixturevalue("s3_server")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.SECRET_KEY)
+    bucket = f"test-{secrets.token_hex(6)}"
+    storage = open_storage(StorageSettings(bucket=bucket, endpoint_url=endpoint))
+    storage._client.create_bucket(Bucket=bucket)
+    return storage
 
 
 def add_dataset(store, tenant="acme", dataset_id="ds_1", content=b"rows"):

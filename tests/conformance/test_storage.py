@@ -2,6 +2,7 @@ import hashlib
 import threading
 from datetime import timedelta
 
+import httpx
 import pytest
 
 from d2lora.errors import ChecksumMismatch, NotFound, StorageFull
@@ -112,7 +113,11 @@ def test_a_signed_address_is_one_or_none(storage, file):
 
     address = storage.sign(KEY, timedelta(minutes=1))
 
-    assert address is None or address.startswith("http")
+    if address is not None:
+        response = httpx.get(address)
+        assert response.content == CONTENT
+        assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in address
+        assert httpx.get(address.replace("ds_1", "ds_2")).status_code == 403
 
 
 def test_a_storage_that_works_answers(storage):
