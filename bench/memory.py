@@ -1,6 +1,6 @@
 """Peak memory of the statistics pass, above the weights, against a plain forward and activations-only backward.
 
-    python bench/memory.py [--model DIR] [--tokens 4096] [--r 8] [--no-checkpointing]
+    python -m bench.memory [--model DIR] [--tokens 4096] [--r 8] [--no-checkpointing]
 
 Both sides run the same tokens in a process of their own (Linux; the kernel's peak resident set), with the same chunked
 head, and with per-layer activation checkpointing unless told otherwise. The last line is one JSON object.
@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the rooms live in the checkout, not in the installed package
 SEQUENCE = 256
 
 
@@ -81,7 +80,7 @@ def main() -> int:
         return 0
     peaks = {}
     for side in ("plain", "sketched"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+        command = [sys.executable, "-m", "bench.memory", *sys.argv[1:], "--side", side]
         done = subprocess.run(
             command,
             cwd=ROOT,
