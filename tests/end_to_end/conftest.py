@@ -57,10 +57,10 @@ def up(tmp_path):
         yield Up(process, re.search(r"http://[\d.:]+", text)[0], re.search(r"d2l_\S+", text)[0], log)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(40)
+        process.wait(120)
 
 
-def wait_for(condition, log=None, *, timeout=60.0):
+def wait_for(condition, log=None, *, timeout=180.0):
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, log.read_text() if log else "the condition did not come true"

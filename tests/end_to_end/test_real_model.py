@@ -18,7 +18,7 @@ LEARNING_RATE = 5e-4
 STEPS = 4
 TRAINED_ROWS = 32
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]  # the libraries' own
+pytestmark = [pytest.mark.timeout(2400), pytest.mark.filterwarnings("ignore")]  # the libraries' own
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def adapter(model_directory, tmp_path_factory):
         "8",
         "--json",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=2000)
     assert done.returncode == 0, done.stderr[-3000:]
     return directory / "adapter", json.loads(done.stdout)
 
@@ -131,7 +131,7 @@ def test_four_steps_from_it_beat_four_steps_from_pefts_default_start(model_direc
 def test_peak_memory_stays_within_a_tenth_of_the_limit():
     command = [sys.executable, "-m", "bench.memory", "--tokens", "2048", "--r", "8"]
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=2000)
 
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["memory_over_limit"] <= 1.10

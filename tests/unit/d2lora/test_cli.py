@@ -22,7 +22,7 @@ def d2lora(*arguments, cwd, **environment):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
 
 
