@@ -1,27 +1,45 @@
 """Datasets: files of rows in JSONL, JSON, CSV or Parquet, read as a stream and checked row by row.
 
-Rows are numbered from 1; in JSONL the number is that of the line. No message ever quotes what a row says.
+Rows are numbered from 1: in JSONL the number is that of the line, blank ones counted; in CSV the header is not
+counted. No message ever quotes what a row says.
 """
 
+import codecs
 import csv
 import hashlib
-import io
 import json
+import re
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, assert_never
 
 from pydantic import Field
 
 from d2lora.errors import DatasetEmpty, DatasetEncodingInvalid, DatasetInvalid, DatasetSyntaxInvalid
 from d2lora.initializations import Frozen
-from d2lora.rows import Row, RowSchema, columns_known, normalize, parse_row, schema_of
+from d2lora.rows import (
+    READ_COLUMNS,
+    MessagesRow,
+    PreferenceRow,
+    PromptCompletionRow,
+    Row,
+    RowSchema,
+    TextRow,
+    columns_known,
+    nested_too_deeply,
+    normalize,
+    parse_row,
+    schema_of,
+)
 
 _JSON_ARRAY_BYTES = 64 * 2**20
-"""A JSON array is parsed in one piece, unlike the other formats."""
+"""The text of a JSON array is held in one piece, unlike the other formats."""
+_BLANK = re.compile(r"[ \t\r\n]*")
 
 
 class Format(StrEnum):
@@ -65,6 +83,12 @@ class DatasetLimits:
 
     max_rows: int = 1_000_000
     max_row_bytes: int = 2**20
+    max_group_bytes: int = 2**30
+    """Decompressed bytes of what is read of a Parquet row group; a small file can hold any number."""
+
+
+_UNLIMITED = DatasetLimits(max_rows=sys.maxsize, max_row_bytes=2**31 - 3, max_group_bytes=sys.maxsize)
+"""For files that were let in already, under whatever limits the service has."""
 
 
 class DatasetSummary(Frozen):
@@ -90,24 +114,34 @@ class Dataset(DatasetSummary):
 
 
 def read_rows(file: DatasetFile, limits: DatasetLimits | None = None) -> Iterator[Row]:
-    """Yield the rows of a file, in order, without holding them.
+    """Yield the rows of a file, in order, without holding them; no limits means none.
 
     Raises:
         DatasetInvalid: at the first row at fault, which is named with the field.
     """
-    limits = limits or DatasetLimits()
+    limits = limits or _UNLIMITED
     columns_known(file.columns)
     schema: RowSchema | None = None
     count = 0
     with file.path.open("rb") as stream:
-        for number, record in _records(stream, file.format, limits):
+        for number, record in _records(stream, file, limits):
             count += 1
             if count > limits.max_rows:
                 raise DatasetInvalid(f"more than {limits.max_rows} rows", row=number)
             if not isinstance(record, dict):
                 raise DatasetSyntaxInvalid("is not an object", row=number)
-            normalized = normalize(record, file.columns, number)
-            yield parse_row(normalized, schema, number)
+            if nested_too_deeply(record):
+                raise DatasetSyntaxInvalid("is nested too deeply", row=number)
+            normalized, spelled = normalize(record, file.columns, number)
+            try:
+                row = parse_row(normalized, schema, number)
+            except DatasetInvalid as error:
+                fault = error.errors[0]
+                if fault.field not in spelled:
+                    raise
+                # The file's author knows the column by the file's name.
+                raise type(error)(fault.detail, row=number, field=spelled[fault.field]) from error
+            yield row
             schema = schema or schema_of(normalized)
     if count == 0:
         raise DatasetEmpty("there is no row in the file")
@@ -120,7 +154,7 @@ def inspect(file: DatasetFile, limits: DatasetLimits | None = None) -> DatasetSu
         DatasetInvalid: as `read_rows`.
     """
     rows, kind = 0, RowSchema.TEXT
-    for row in read_rows(file, limits):
+    for row in read_rows(file, limits or DatasetLimits()):
         rows += 1
         if rows == 1:
             kind = _kind(row)
@@ -132,12 +166,21 @@ def inspect(file: DatasetFile, limits: DatasetLimits | None = None) -> DatasetSu
 
 
 def _kind(row: Row) -> RowSchema:
-    names = {"TextRow": RowSchema.TEXT, "MessagesRow": RowSchema.MESSAGES, "PreferenceRow": RowSchema.PREFERENCE}
-    return names.get(type(row).__name__, RowSchema.PROMPT_COMPLETION)
+    match row:
+        case TextRow():
+            return RowSchema.TEXT
+        case PromptCompletionRow():
+            return RowSchema.PROMPT_COMPLETION
+        case MessagesRow():
+            return RowSchema.MESSAGES
+        case PreferenceRow():
+            return RowSchema.PREFERENCE
+        case _:
+            assert_never(row)
 
 
-def _records(stream: BinaryIO, format_: Format, limits: DatasetLimits) -> Iterator[tuple[int, Any]]:
-    match format_:
+def _records(stream: BinaryIO, file: DatasetFile, limits: DatasetLimits) -> Iterator[tuple[int, Any]]:
+    match file.format:
         case Format.JSONL:
             return _jsonl(stream, limits)
         case Format.JSON:
@@ -145,53 +188,84 @@ def _records(stream: BinaryIO, format_: Format, limits: DatasetLimits) -> Iterat
         case Format.CSV:
             return _csv(stream, limits)
         case Format.PARQUET:
-            return _parquet(stream, limits)
+            return _parquet(stream, limits, READ_COLUMNS.union(file.columns.values()))
 
 
 def _jsonl(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, Any]]:
     number = 0
-    while line := stream.readline(limits.max_row_bytes + 1):
+    # Two more than a row may have: its line break, or proof that it is longer.
+    while line := stream.readline(limits.max_row_bytes + 2):
         number += 1
-        if len(line) > limits.max_row_bytes:
-            raise DatasetInvalid(f"is longer than {limits.max_row_bytes} bytes", row=number)
-        text = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, number)
+        _check_size(len(line.rstrip(b"\r\n")), limits, number)
+        text = _decode(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, number)
         if text.strip():
-            yield number, _parse_json(text, number)
+            with _json_faults(number):
+                record = json.loads(text)
+            yield number, record
 
 
 def _json_array(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, Any]]:
     content = stream.read(_JSON_ARRAY_BYTES + 1)
     if len(content) > _JSON_ARRAY_BYTES:
         raise DatasetInvalid(f"a JSON array over {_JSON_ARRAY_BYTES} bytes; write one row per line (jsonl) instead")
-    text = _decode(content.removeprefix(b"\xef\xbb\xbf"), None)
-    if not text.strip():
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DatasetEncodingInvalid("is UTF-16 and not UTF-8")
+    # What is not UTF-8 becomes a surrogate, which only it can be, and is found again in the row that holds it.
+    text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    position = _skip_blank(text, 0)
+    if position == len(text):
         return
-    rows = _parse_json(text, None)
-    if not isinstance(rows, list):
+    if text[position] != "[":
         raise DatasetSyntaxInvalid("must be an array of objects")
-    for number, row in enumerate(rows, start=1):
-        if len(json.dumps(row)) > limits.max_row_bytes:
-            raise DatasetInvalid(f"is longer than {limits.max_row_bytes} bytes", row=number)
+    decoder = json.JSONDecoder()
+    position, number = _skip_blank(text, position + 1), 0
+    while number or text[position : position + 1] != "]":
+        number += 1
+        with _json_faults(number):
+            row, end = decoder.raw_decode(text, position)
+        try:
+            _check_size(len(text[position:end].encode("utf-8")), limits, number)
+        except UnicodeEncodeError as error:
+            raise DatasetEncodingInvalid("is not UTF-8", row=number) from error
         yield number, row
+        position = _skip_blank(text, end)
+        if text[position : position + 1] == "]":
+            break
+        if text[position : position + 1] != ",":
+            raise DatasetSyntaxInvalid(f"is not followed by a comma at character {position + 1}", row=number)
+        position = _skip_blank(text, position + 1)
+    if _skip_blank(text, position + 1) != len(text):
+        raise DatasetSyntaxInvalid(f"text after the array at character {position + 2}")
 
 
 def _csv(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(limits.max_row_bytes)
-    number = 0
-    with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        reader = csv.DictReader(text, strict=True)
-        try:
-            for number, row in enumerate(reader, start=1):  # the errors below name it
-                if None in row or None in row.values():
-                    raise DatasetSyntaxInvalid("has not as many cells as the header", row=number)
-                yield number, dict(row)
-        except csv.Error as error:
-            raise DatasetSyntaxInvalid(f"is not CSV: {error}", row=number + 1) from error
-        except UnicodeDecodeError as error:
-            raise DatasetEncodingInvalid("is not UTF-8", row=number + 1) from error
+    # The limit is the whole process's, so it is raised and never lowered; rows are measured below.
+    csv.field_size_limit(max(csv.field_size_limit(), limits.max_row_bytes))
+    number, size = 0, 0
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        first = True
+        while line := stream.readline(limits.max_row_bytes + 2):
+            _check_size(size + len(line.rstrip(b"\r\n")), limits, number + 1)
+            size += len(line)  # a quoted cell may hold line breaks, so a row has several lines
+            yield _decode(line.removeprefix(codecs.BOM_UTF8) if first else line, number + 1)
+            first = False
+
+    reader = csv.DictReader(lines(), strict=True)
+    try:
+        _ = reader.fieldnames  # reads the header
+        size = 0
+        for row in reader:
+            number, size = number + 1, 0
+            if None in row or None in row.values():
+                raise DatasetSyntaxInvalid("has not as many cells as the header", row=number)
+            yield number, dict(row)
+    except csv.Error as error:
+        raise DatasetSyntaxInvalid(f"is not CSV: {error}", row=number + 1) from error
 
 
-def _parquet(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, Any]]:
+def _parquet(stream: BinaryIO, limits: DatasetLimits, wanted: frozenset[str]) -> Iterator[tuple[int, Any]]:
     import pyarrow as pa  # noqa: PLC0415  # a large import that only this format needs
     import pyarrow.parquet as pq  # noqa: PLC0415
 
@@ -200,14 +274,35 @@ def _parquet(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, Any
         file = pq.ParquetFile(stream)
         if file.metadata.num_rows > limits.max_rows:
             raise DatasetInvalid(f"more than {limits.max_rows} rows", row=limits.max_rows + 1)
-        for batch in file.iter_batches(batch_size=256):
-            for row in batch.to_pylist():
+        names = file.schema_arrow.names
+        read = [name for name in names if name in wanted]
+        _check_groups(file.metadata, read, limits)
+        absent = dict.fromkeys(names)
+        for batch in file.iter_batches(batch_size=64, columns=read):
+            for index in range(batch.num_rows):
                 number += 1
-                if len(str(row)) > limits.max_row_bytes:
-                    raise DatasetInvalid(f"is longer than {limits.max_row_bytes} bytes", row=number)
-                yield number, row
-    except (pa.ArrowException, OSError) as error:
+                row = batch.slice(index, 1).to_pylist()[0]
+                _check_size(len(str(row).encode("utf-8", "surrogatepass")), limits, number)
+                yield number, absent | row
+    except UnicodeDecodeError as error:  # Arrow does not look into its strings
+        raise DatasetEncodingInvalid("is not UTF-8", row=number) from error
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DatasetSyntaxInvalid("is not a Parquet file that can be read", row=number + 1) from error
+
+
+def _check_groups(metadata: Any, names: list[str], limits: DatasetLimits) -> None:
+    """Refuse row groups that would fill memory, by what the footer says of the columns that are read."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = [group.column(index) for index in range(group.num_columns)]
+        size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] in names)
+        if size > limits.max_group_bytes:
+            raise DatasetInvalid(f"a row group is over {limits.max_group_bytes} bytes; write smaller ones")
+
+
+def _check_size(size: int, limits: DatasetLimits, number: int) -> None:
+    if size > limits.max_row_bytes:
+        raise DatasetInvalid(f"is longer than {limits.max_row_bytes} bytes", row=number)
 
 
 def _decode(content: bytes, number: int | None) -> str:
@@ -217,9 +312,15 @@ def _decode(content: bytes, number: int | None) -> str:
         raise DatasetEncodingInvalid(f"is not UTF-8 at byte {error.start + 1}", row=number) from error
 
 
-def _parse_json(text: str, number: int | None) -> Any:
+def _skip_blank(text: str, position: int) -> int:
+    match = _BLANK.match(text, position)
+    return match.end() if match else position
+
+
+@contextmanager
+def _json_faults(number: int) -> Iterator[None]:
     try:
-        return json.loads(text)
+        yield
     except json.JSONDecodeError as error:
         raise DatasetSyntaxInvalid(f"is not JSON: {error.msg} at character {error.pos + 1}", row=number) from error
     except (ValueError, RecursionError) as error:  # numbers of absurd length, nesting without end

@@ -1,10 +1,12 @@
 """One row of a dataset: what kinds there are, and how a record's columns say which kind it is.
 
 The kinds are TRL's, plus two widespread spellings that are rewritten on the way in: Alpaca (instruction, input,
-output) becomes prompt and completion, ShareGPT (conversations of from and value) becomes messages.
+output) becomes prompt and completion, ShareGPT (conversations of from and value) becomes messages. A message names
+the row, counted from 1, and the column as the file spells it; it never quotes what the row says.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -80,6 +82,33 @@ _OPTIONAL = ("prompt", "tools", "chat_template_kwargs")
 COLUMNS = frozenset(name for names in (*_COLUMNS.values(), _OPTIONAL) for name in names)
 """Our names of columns: what a mapping may map."""
 
+_ALPACA = {"prompt": "instruction", "completion": "output"}
+_SHAREGPT = {"messages": "conversations"}
+READ_COLUMNS = COLUMNS | {*_ALPACA.values(), "input", *_SHAREGPT.values()}
+"""What is looked at in a file without a mapping; every other column is ignored."""
+
+_TEMPLATE_ARGUMENTS = frozenset(
+    {
+        "conversation",
+        "chat_template",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tools",
+    }
+)
+"""What says how a conversation is tokenized, and is not the rows' to say."""
+
+_MAX_NESTING = 64
+"""Levels of lists and objects in a row; far above any real one and far below what exhausts the stack."""
+
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -88,12 +117,14 @@ def schema_of(record: Mapping[str, Any]) -> RowSchema | None:
     return next((schema for schema, names in _COLUMNS.items() if all(_filled(record, name) for name in names)), None)
 
 
-def normalize(record: Mapping[str, Any], columns: Mapping[str, str], number: int) -> dict[str, Any]:
-    """Return the record under our column names.
+def normalize(
+    record: Mapping[str, Any], columns: Mapping[str, str], number: int
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the record under our column names, and the file's name for each of ours that it spells otherwise.
 
     Raises:
         SchemaUnknown: a mapped column is missing.
-        DatasetInvalid: a ShareGPT turn is malformed.
+        DatasetInvalid: an Alpaca column or a ShareGPT turn is malformed.
     """
     for theirs in columns.values():
         if theirs not in record:
@@ -101,16 +132,16 @@ def normalize(record: Mapping[str, Any], columns: Mapping[str, str], number: int
     mapped = {name: value for name, value in record.items() if name not in columns.values()}
     mapped |= {ours: record[theirs] for ours, theirs in columns.items()}
     if schema_of(mapped) is not None:
-        return mapped
+        return mapped, dict(columns)
     if _filled(mapped, "conversations"):
-        mapped["messages"] = [
-            _from_sharegpt(turn, number) for turn in _list(mapped["conversations"], "conversations", number)
-        ]
-    elif _filled(mapped, "instruction") and "output" in mapped:
-        extra = mapped.get("input") or ""
-        mapped["prompt"] = f"{mapped['instruction']}\n{extra}" if extra else mapped["instruction"]
+        turns = _list(mapped["conversations"], "conversations", number)
+        mapped["messages"] = [_from_sharegpt(turn, number) for turn in turns]
+        return mapped, {**columns, **_SHAREGPT}
+    if _filled(mapped, "instruction") and "output" in mapped:
+        mapped["prompt"] = _alpaca_prompt(mapped, number)
         mapped["completion"] = mapped["output"]
-    return mapped
+        return mapped, {**columns, **_ALPACA}
+    return mapped, dict(columns)
 
 
 def parse_row(record: Mapping[str, Any], schema: RowSchema | None, number: int) -> Row:
@@ -150,14 +181,18 @@ def parse_row(record: Mapping[str, Any], schema: RowSchema | None, number: int) 
 
 def _no_schema(record: Mapping[str, Any], schema: RowSchema | None, number: int) -> DatasetInvalid:
     """Return what is wrong with a record that fits no kind of row."""
-    if schema is not None:
-        # A row of the dataset's kind with one column empty is told about that column, not about its kind.
-        for name in _COLUMNS[schema]:
-            if name in record and record[name] is None:
-                return DatasetInvalid("is null", row=number, field=name)
+    # A row with all columns of a kind, one of them null, is told about that column and not about its kind.
+    for kind in _COLUMNS if schema is None else [schema]:
+        if all(name in record for name in _COLUMNS[kind]):
+            null = next(name for name in _COLUMNS[kind] if record[name] is None)
+            return DatasetInvalid("is null", row=number, field=null)
     wanted = "; ".join(" and ".join(names) for names in _COLUMNS.values())
-    names = ", ".join(sorted(map(str, record))) or "none"
-    return SchemaUnknown(f"columns {names[:200]} fit no kind of row ({wanted}); give a column mapping", row=number)
+    # In a CSV file without a header the names are the first row's text, which is not ours to repeat.
+    names = sorted(name for name in map(str, record) if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}", name))
+    shown = [*names[:8], *([f"{len(record) - len(names[:8])} more"] if len(record) > len(names[:8]) else [])]
+    return SchemaUnknown(
+        f"the columns ({', '.join(shown) or 'none'}) fit no kind of row ({wanted}); give a column mapping", row=number
+    )
 
 
 def _preference(record: Mapping[str, Any], extras: dict[str, Any], number: int) -> PreferenceRow:
@@ -169,6 +204,10 @@ def _preference(record: Mapping[str, Any], extras: dict[str, Any], number: int) 
         _same_form(prompt, chosen, "chosen", number)
     if chosen == rejected:
         raise ChosenEqualsRejected("chosen and rejected are equal", row=number, field="rejected")
+    alone = isinstance(chosen, list) and (chosen[0] != rejected[0] or min(len(chosen), len(rejected)) == 1)
+    if prompt is None and alone:
+        # No chat template takes a conversation of no messages, which is what the shared prompt would be.
+        raise DatasetInvalid("shares no prompt with chosen; give one", row=number, field="rejected")
     return PreferenceRow(prompt, chosen, rejected, **extras)
 
 
@@ -196,13 +235,21 @@ def _completion(value: Any, field: str, number: int) -> Text:
 
 
 def _messages(value: Any, field: str, number: int) -> list[Message]:
-    messages = _list(value, field, number)
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+    messages = []
+    for message in _list(value, field, number):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
             raise DatasetInvalid("every message needs a role", row=number, field=field)
-        if "content" not in message and "tool_calls" not in message:
+        content = message.get("content")
+        if content is None and not message.get("tool_calls"):
             raise DatasetInvalid("every message needs content", row=number, field=field)
-        _encodable(json.dumps(message, ensure_ascii=False, default=str), field, number)
+        parts = content if isinstance(content, list) else []
+        if not (content is None or isinstance(content, str | list)) or not all(
+            isinstance(part, dict) for part in parts
+        ):
+            raise DatasetInvalid("content must be a string, or a list of objects", row=number, field=field)
+        _encodable(message, field, number)
+        # Parquet gives every message every key; a template may ask whether a key is there at all.
+        messages.append({key: item for key, item in message.items() if item is not None or key == "content"})
     return messages
 
 
@@ -215,11 +262,24 @@ def _list(value: Any, field: str, number: int) -> list[Any]:
 
 
 def _from_sharegpt(turn: Any, number: int) -> Message:
-    if not isinstance(turn, dict) or "value" not in turn or turn.get("from") not in _SHAREGPT_ROLES:
+    if isinstance(turn, dict) and "from" not in turn and "role" in turn:
+        return turn  # a conversation of messages under ShareGPT's name
+    speaker = turn.get("from") if isinstance(turn, dict) else None
+    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES or turn.get("value") is None:
         raise DatasetInvalid(
             f"every turn needs a value and a from of {', '.join(_SHAREGPT_ROLES)}", row=number, field="conversations"
         )
-    return {"role": _SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
+    return {"role": _SHAREGPT_ROLES[speaker], "content": turn["value"]}
+
+
+def _alpaca_prompt(record: Mapping[str, Any], number: int) -> str:
+    parts = []
+    for name in ("instruction", "input"):
+        value = record.get(name)
+        if value is not None and not isinstance(value, str):
+            raise DatasetInvalid("must be a string", row=number, field=name)
+        parts += [value] if value else []
+    return "\n".join(parts)
 
 
 def _has_content(message: Message) -> bool:
@@ -237,29 +297,55 @@ def _tools(value: Any, number: int) -> list[Any] | None:
         value = _json(value, "tools", number) if value.strip() else None
     if value is not None and not isinstance(value, list):
         raise DatasetInvalid("must be a list", row=number, field="tools")
+    _encodable(value, "tools", number)
     return value or None
 
 
 def _template_arguments(value: Any, number: int) -> dict[str, Any] | None:
+    field = "chat_template_kwargs"
     if isinstance(value, str):
-        value = _json(value, "chat_template_kwargs", number) if value.strip() else None
+        value = _json(value, field, number) if value.strip() else None
     if value is not None and not isinstance(value, dict):
-        raise DatasetInvalid("must be an object", row=number, field="chat_template_kwargs")
+        raise DatasetInvalid("must be an object", row=number, field=field)
+    taken = sorted(_TEMPLATE_ARGUMENTS.intersection(value or ()))
+    if taken:
+        raise DatasetInvalid(f"{taken[0]} is not a row's to set", row=number, field=field)
+    _encodable(value, field, number)
     return value or None
 
 
 def _json(value: str, field: str, number: int) -> Any:
     try:
-        return json.loads(value)
+        parsed = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise DatasetInvalid("is not JSON", row=number, field=field) from error
+    if nested_too_deeply(parsed):
+        raise DatasetInvalid("is nested too deeply", row=number, field=field)
+    return parsed
 
 
-def _encodable(value: str, field: str, number: int) -> None:
+def _encodable(value: Any, field: str, number: int) -> None:
+    """Refuse what no tokenizer takes and what JSON has no way to write."""
     try:
-        value.encode("utf-8")
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+        text.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
         raise DatasetInvalid("holds half of a surrogate pair, which is no text", row=number, field=field) from error
+    except ValueError as error:
+        raise DatasetInvalid("holds NaN or an infinity, which is no JSON", row=number, field=field) from error
+    except TypeError as error:
+        raise DatasetInvalid("holds a key that is no string", row=number, field=field) from error
+
+
+def nested_too_deeply(value: Any) -> bool:
+    """Return whether lists and objects are nested deeper than a row may be."""
+    level = [value]
+    for _ in range(_MAX_NESTING):
+        inner = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
+        level = [child for children in inner for child in children]
+        if not level:
+            return False
+    return True
 
 
 def columns_known(columns: Iterable[str]) -> None:
