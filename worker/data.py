@@ -3,9 +3,10 @@
 The prompt is tokenized alone and together with each completion; the completion begins where the token sequences
 part. Plain strings end with the end-of-sequence token, conversations go through the model's own chat template.
 
-Truncation: a sequence longer than ``max_length`` loses tokens at its end. A row is dropped when its prompt alone
-fills ``max_length``, when nothing is left to learn from, or when truncation makes chosen and rejected equal; all of
-it is counted, nothing is silent.
+Truncation: a sequence longer than ``max_length`` loses tokens at its end (TRL's ``keep_start``). A row is dropped when
+its prompt alone fills ``max_length`` in either sequence, when the chat template does not show which tokens are the
+completion's, or when chosen and rejected are equal as tokens, before truncation or after; each reason is counted,
+nothing is silent.
 
 Shape legend
     S  sequences (chosen first, then rejected)    T  tokens of the longest sequence in the batch
@@ -117,7 +118,7 @@ def encode_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, max_
         read = number
         sequences = _sequences(row, tokenizer, number)
         cut = [_cut(sequence, max_length) for sequence in sequences]
-        reason = _why_drop(cut)
+        reason = _why_drop(sequences, cut)
         if reason is not None:
             dropped[reason] += 1
             continue
@@ -204,9 +205,9 @@ def _after_prompt(
 def _implicit_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     """Return what two completions begin with, and the rest of each; a space goes to the completions."""
     shared = _common_prefix(chosen, rejected)
-    # One is the other's beginning: something has to remain of it.
-    shared = min(shared, min(len(chosen), len(rejected)) - 1)
-    if shared and chosen[shared - 1] == " ":
+    shorter = min(len(chosen), len(rejected))
+    # If one is the other's beginning, something has to remain of it.
+    if shared == shorter or (shared and chosen[shared - 1] == " "):
         shared -= 1
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
@@ -216,10 +217,11 @@ def _conversation(
 ) -> TokenSequence:
     """Return a conversation whose assistant turns are learned.
 
-    A template with generation blocks marks them itself. Otherwise each turn is what a conversation that ends with it
-    has more than one that ends before it, with the prompt for a reply counted to the latter.
+    A template with generation blocks marks them itself. Otherwise the conversation is rendered up to each turn: the
+    turn begins where the conversation before it, with the prompt for a reply, parts from the whole one, and ends as
+    `_turn_end` says. If a turn is not found, no token is learned, and the row is dropped and counted.
     """
-    if re.search(r"\{%-?\s*generation", str(tokenizer.chat_template)):
+    if _marks_turns(tokenizer, template):
         encoded = _apply_template(tokenizer, messages, template, number, with_mask=True)
         ids, mask = list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
         return TokenSequence(ids, [False, *mask[1:]])
@@ -232,9 +234,42 @@ def _conversation(
             _apply_template(tokenizer, messages[:turn], template, number, add_generation_prompt=True) if turn else []
         )
         after = _apply_template(tokenizer, messages[: turn + 1], template, number)
-        start, end = _common_prefix(before, ids), _common_prefix(after, ids)
-        mask[start:end] = [True] * max(0, end - start)
+        start = _common_prefix(before, ids)
+        end = _turn_end(after, ids, start, message, tokenizer)
+        if end is None:
+            return TokenSequence(ids, [False] * len(ids))
+        mask[start:end] = [True] * (end - start)
     return TokenSequence(ids, [False, *mask[1:]])
+
+
+def _marks_turns(tokenizer: PreTrainedTokenizerBase, template: dict[str, Any]) -> bool:
+    try:
+        # A tokenizer may have several templates, one of them for conversations with tools.
+        text = tokenizer.get_chat_template(tools=template.get("tools"))
+    except ValueError:  # there is none, which applying it will tell
+        return False
+    return re.search(r"\{%-?\s*generation", text) is not None
+
+
+def _turn_end(
+    after: list[int], ids: list[int], start: int, message: Message, tokenizer: PreTrainedTokenizerBase
+) -> int | None:
+    """Return where a turn that begins at ``start`` ends in the whole conversation ``ids``.
+
+    ``after`` is the conversation that ends with the turn. Most often the whole one begins with it. But a template may
+    write a turn otherwise once others follow: without its thoughts, so that only the turn's last tokens are the same,
+    or with another end, so that all but its last tokens are. None if what the turn says is in neither.
+    """
+    shared = _common_prefix(after, ids)
+    if shared == len(after):
+        return shared
+    longest = min(len(after), len(ids) - start)
+    tail = next((length for length in range(longest, 0, -1) if after[-length:] == ids[start : start + length]), 0)
+    end = max(shared, start + tail)
+    said = message.get("content")
+    # No more than the last word's end: what comes before may be thoughts, and spaces are not kept by every tokenizer.
+    ending = said.split()[-1][-4:] if isinstance(said, str) and said.strip() else ""
+    return end if ending in str(tokenizer.decode(ids[start:end])) else None
 
 
 def _apply_template(
@@ -281,10 +316,13 @@ def _cut(sequence: TokenSequence, max_length: int) -> TokenSequence:
     return TokenSequence(sequence.input_ids[:max_length], sequence.completion_mask[:max_length])
 
 
-def _why_drop(sequences: list[TokenSequence]) -> str | None:
+def _why_drop(sequences: list[TokenSequence], cut: list[TokenSequence]) -> str | None:
+    """Return why a row is of no use, from its sequences at full length and cut to ``max_length``."""
     if not all(any(sequence.completion_mask) for sequence in sequences):
+        return "completion_not_found"
+    if not all(any(sequence.completion_mask) for sequence in cut):
         return "prompt_fills_max_length"
-    if len(sequences) == 2 and sequences[0].input_ids == sequences[1].input_ids:
+    if len(cut) == 2 and cut[0].input_ids == cut[1].input_ids:
         return "chosen_equals_rejected_as_tokens"
     return None
 

@@ -1,5 +1,7 @@
 import copy
+import itertools
 import random
+from importlib.resources import files
 
 import pytest
 import torch
@@ -29,6 +31,8 @@ PREFERENCES = [
 CHAT_PREFERENCES = [{"prompt": [USER], "chosen": [BLUE], "rejected": [FOUR]}]
 IMPLICIT = [
     {"chosen": "the sky is blue", "rejected": "the sky is lazy"},
+    {"chosen": "the sky is", "rejected": "the sky is blue"},
+    {"chosen": "the sky is blue", "rejected": "the sky "},
     {"chosen": "fox jumps", "rejected": "dog jumps"},
 ]
 CHAT_IMPLICIT = [{"chosen": [USER, BLUE], "rejected": [USER, FOUR]}]
@@ -65,20 +69,20 @@ def trainers(tmp_path_factory):
     model = tiny_llama(layers=1).requires_grad_(True)
     model.resize_token_embeddings(400)
     out = str(tmp_path_factory.mktemp("trl"))
-    plain = {"output_dir": out, "report_to": [], "use_cpu": True, "max_length": 1000}
+    plain = {"output_dir": out, "report_to": [], "use_cpu": True}
 
-    def sft(rows, tokenizer, **arguments):
+    def sft(rows, tokenizer, *, max_length=1000, **arguments):
         tokenizer.pad_token = tokenizer.eos_token
-        config = SFTConfig(**plain, **arguments)
+        config = SFTConfig(**plain, max_length=max_length, **arguments)
         return list(
             SFTTrainer(
                 model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
             ).train_dataset
         )
 
-    def dpo(rows, tokenizer):
+    def dpo(rows, tokenizer, *, max_length=1000):
         tokenizer.pad_token = tokenizer.eos_token
-        config = DPOConfig(**plain)
+        config = DPOConfig(**plain, max_length=max_length)
         return list(
             DPOTrainer(
                 model,
@@ -134,6 +138,129 @@ def test_assistant_turns_are_masked_as_the_template_says(trainers):
     (theirs,) = trainers[0](MESSAGES, tokenizer, assistant_only_loss=True)
     assert ours.chosen.input_ids == theirs["input_ids"]
     assert learned(ours.chosen) == learned_by_trl(theirs)
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's and datasets' own
+def test_plain_text_is_tokenized_as_trl_does(trainers):
+    rows, tokenizer = [{"text": "the lazy dog"}, {"text": "four.</s>"}], bpe_tokenizer(begins=True)
+
+    ours = encode(rows, tokenizer).examples
+
+    for example, theirs in zip(ours, trainers[0](rows, tokenizer), strict=True):
+        assert example.chosen.input_ids == theirs["input_ids"]
+        assert learned(example.chosen) == learned_by_trl(theirs)
+
+
+LONG = [
+    {"prompt": "the", "completion": " dog"},
+    {"prompt": "the", "completion": " quick brown fox jumps over the lazy dog" * 3},
+    {"prompt": "the quick brown fox jumps over the lazy dog", "completion": " yes"},
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's and datasets' own
+@pytest.mark.parametrize("max_length", [4, 8, 9, 10, 30])
+def test_long_rows_are_cut_and_dropped_as_trl_does(trainers, max_length):
+    pairs = [
+        {"prompt": r["prompt"], "chosen": r["completion"], "rejected": "? no"} for r in LONG
+    ]  # differs from its first token
+    tokenizer = bpe_tokenizer()
+
+    ours = encode(LONG, tokenizer, max_length=max_length).examples
+    our_pairs = encode(pairs, tokenizer, max_length=max_length).examples
+
+    theirs = trainers[0](LONG, tokenizer, max_length=max_length)
+    their_pairs = trainers[1](pairs, tokenizer, max_length=max_length)
+    assert [example.chosen.input_ids for example in ours] == [row["input_ids"] for row in theirs]
+    assert [learned(example.chosen) for example in ours] == [learned_by_trl(row) for row in theirs]
+    assert [example.chosen.input_ids for example in our_pairs] == [
+        (row["prompt_ids"] + row["chosen_ids"])[:max_length] for row in their_pairs
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's and datasets' own
+def test_tools_and_template_arguments_are_passed_on_as_trl_does(trainers):
+    template = "{{ style }}{% for tool in tools or [] %}{{ tool.name }}{% endfor %}" + CHATML
+    extras = {"tools": [{"name": "question"}], "chat_template_kwargs": {"style": "brown"}}
+    tokenizer = bpe_tokenizer(chat_template=template)
+
+    (ours,) = encode([{**CONVERSATIONS[0], **extras}], tokenizer).examples
+
+    (theirs,) = trainers[0]([{**CONVERSATIONS[0], **extras}], tokenizer)
+    assert tokenizer.decode(ours.chosen.input_ids).startswith("brownquestion<|im_start|>")
+    assert ours.chosen.input_ids == theirs["input_ids"]
+    assert learned(ours.chosen) == learned_by_trl(theirs)
+
+
+SKY, PLUS = USER, {"role": "user", "content": "what is two plus two?"}
+CONVERSATION = [SKY, BLUE, PLUS, FOUR]
+
+
+def trl_template(name):
+    return (files("trl") / "chat_templates" / f"{name}.jinja").read_text()
+
+
+def learned_text(example, tokenizer):
+    sequence = example.chosen
+    kept = zip(sequence.input_ids, sequence.completion_mask, strict=True)
+    return tokenizer.decode([token for token, is_learned in kept if is_learned])
+
+
+@pytest.mark.parametrize(
+    "name", ["cohere2", "gemma", "gemma3", "idefics3", "llama3", "phi3", "phi3_5", "qwen2_5_vl", "qwen3_instruct_2507"]
+)
+def test_assistant_turns_are_found_where_trls_marked_templates_have_them(name):
+    plain = bpe_tokenizer(chat_template=trl_template(name))
+    marked = bpe_tokenizer(chat_template=trl_template(f"{name}_training"))
+
+    (ours,) = encode([{"messages": CONVERSATION}], plain, max_length=10_000).examples
+
+    theirs = marked.apply_chat_template(CONVERSATION, return_dict=True, return_assistant_tokens_mask=True)
+    assert ours.chosen.input_ids == theirs["input_ids"]
+    assert learned(ours.chosen) == [bool(flag) for flag in theirs["assistant_masks"]][1:]
+
+
+def test_a_turn_that_loses_its_thoughts_once_others_follow_is_learned_without_them():
+    thoughts = {"role": "assistant", "content": "<think>\nlazy\n</think>\n\nit is blue."}
+    tokenizer = bpe_tokenizer(chat_template=trl_template("qwen3"))
+
+    bare, thinking = encode([{"messages": [SKY, turn, PLUS, FOUR]} for turn in (BLUE, thoughts)], tokenizer).examples
+
+    expected = "it is blue.<|im_end|>\n<think>\n\n</think>\n\nfour.<|im_end|>\n"
+    assert learned_text(bare, tokenizer) == learned_text(thinking, tokenizer) == expected
+
+
+def test_a_turn_that_the_template_leaves_out_makes_the_row_dropped_and_counted():
+    only_the_last = (
+        "{% for message in messages %}{{ message.role }}: "
+        "{{ message.content if loop.last or message.role == 'user' else '-' }}\n{% endfor %}"
+    )
+    rows = [{"messages": CONVERSATION}, {"messages": [SKY, BLUE]}]
+
+    encoded = encode(rows, bpe_tokenizer(chat_template=only_the_last))
+
+    assert len(encoded.examples) == 1
+    assert encoded.dropped == {"completion_not_found": 1}
+
+
+def test_marks_are_looked_for_in_the_template_that_tools_choose():
+    content_only = CHATML_WITH_GENERATION.replace("<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n")
+    tokenizer = bpe_tokenizer(chat_template={"default": CHATML, "tool_use": content_only})
+
+    (example,) = encode([{**MESSAGES[0], "tools": [{"name": "f"}]}], tokenizer).examples
+
+    assert tokenizer.decode(example.chosen.input_ids).startswith("tools: 1")
+    assert learned_text(example, tokenizer) == "it is blue.four."
+
+
+def test_a_conversation_that_the_template_refuses_is_named_and_not_quoted():
+    template = "{{ raise_exception('no: ' ~ messages[0].content) }}"
+    rows = [{"messages": [{"role": "user", "content": "a secret"}, BLUE]}]
+
+    with pytest.raises(RequestInvalid, match="row 1: the model's chat template refuses") as caught:
+        encode(rows, bpe_tokenizer(chat_template=template))
+
+    assert "a secret" not in str(caught.value)
 
 
 def test_without_generation_blocks_each_assistant_turn_is_what_it_adds_to_the_conversation():
@@ -207,6 +334,15 @@ def test_pairs_that_become_equal_by_truncation_are_dropped_and_counted():
     assert encoded.dropped == {"chosen_equals_rejected_as_tokens": 1}
 
 
+def test_text_of_one_token_has_nothing_that_is_predicted_and_is_counted():
+    tokenizer = bpe_tokenizer()
+    tokenizer.eos_token = None
+
+    encoded = encode([{"text": "x"}, {"text": "the lazy dog"}], tokenizer)
+
+    assert encoded.dropped == {"completion_not_found": 1}
+
+
 def test_no_row_left_is_an_error_with_a_remedy():
     with pytest.raises(RowsTooLong, match="max_length 2"):
         encode(PROMPT_COMPLETION, bpe_tokenizer(), max_length=2)
@@ -237,6 +373,14 @@ def test_folds_do_not_depend_on_order_and_keep_duplicates_together(rows, copies,
     assert max(sizes) - min(sizes) <= 1
 
 
+def test_another_seed_makes_other_folds():
+    examples = as_examples(reference_rows(20, paired=False))
+
+    first, second = (assign_folds(examples, folds=4, seed=seed) for seed in (0, 1))
+
+    assert first != second
+
+
 @settings(max_examples=40, deadline=None)
 @given(rows=rows_strategy, max_tokens=st.integers(1, 300), shuffle=st.integers(0, 99))
 def test_batches_hold_every_row_once_within_the_limit_and_do_not_depend_on_order(rows, max_tokens, shuffle):
@@ -249,6 +393,11 @@ def test_batches_hold_every_row_once_within_the_limit_and_do_not_depend_on_order
 
     assert sorted(row for batch in batches for row in batch.rows) == list(range(len(rows)))
     assert all(batch.input_ids.numel() <= max_tokens or len(batch.rows) == 1 for batch in batches)
+    for batch, following in itertools.pairwise(batches):
+        first = examples[following.rows[0]]
+        sequences = (len(batch.rows) + 1) * (2 if batch.paired else 1)
+        full = sequences * first.length > max_tokens
+        assert full or batch.fold != following.fold  # or else a batch would be smaller than it need be
     assert all({folds[row] for row in batch.rows} == {batch.fold} for batch in batches)
     assert all(torch.equal(one.input_ids, two.input_ids) for one, two in zip(batches, again, strict=True))
     assert all(torch.equal(one.completion_mask, two.completion_mask) for one, two in zip(batches, again, strict=True))
