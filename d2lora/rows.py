@@ -279,7 +279,8 @@ def _alpaca_prompt(record: Mapping[str, Any], number: int) -> str:
         if value is not None and not isinstance(value, str):
             raise DatasetInvalid("must be a string", row=number, field=name)
         parts += [value] if value else []
-    return "\n".join(parts)
+    # A line break parts the prompt from the answer too, or the two would run into one word.
+    return "".join(f"{part}\n" for part in parts)
 
 
 def _has_content(message: Message) -> bool:

@@ -71,8 +71,8 @@ def test_every_format_gives_the_same_rows(write, format):
         (PREFERENCE, PreferenceRow("2+2=", " 4", " 5")),
         ({"chosen": "a b", "rejected": "a c"}, PreferenceRow(None, "a b", "a c")),
         ({"chosen": [USER, REPLY], "rejected": [USER, USER]}, PreferenceRow(None, [USER, REPLY], [USER, USER])),
-        ({"instruction": "Add.", "input": "2+2", "output": "4"}, PromptCompletionRow("Add.\n2+2", "4")),
-        ({"instruction": "Say 4.", "input": "", "output": "4"}, PromptCompletionRow("Say 4.", "4")),
+        ({"instruction": "Add.", "input": "2+2", "output": "4"}, PromptCompletionRow("Add.\n2+2\n", "4")),
+        ({"instruction": "Say 4.", "input": "", "output": "4"}, PromptCompletionRow("Say 4.\n", "4")),
         (
             {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]},
             MessagesRow([USER, REPLY]),
