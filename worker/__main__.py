@@ -25,7 +25,7 @@ from d2lora.initializations import InitializationSpec, Phase, Progress, Result
 from d2lora.settings import DatabaseSettings, StorageSettings, WorkerSettings
 from d2lora.storage import ObjectStorage, open_storage
 from d2lora.store import Store
-from worker.runner import Build, OnProgress, run_next
+from worker.runner import Build, OnProgress, remove_leftovers, run_next
 
 log = logging.getLogger("worker")
 
@@ -54,6 +54,7 @@ def run() -> int:
         threading.Thread(target=_watch_parent, args=(stop,), daemon=True).start()
     settings = WorkerSettings()
     migrate(DatabaseSettings())
+    remove_leftovers()
     with Store(DatabaseSettings()) as store:
         serve(store, open_storage(StorageSettings()), build_with(settings), settings, stop=stop)
     return 0

@@ -92,7 +92,8 @@ def initialize(
         resolve_objectives(spec.objectives, paired=encoded_eval.examples[0].rejected is not None)
     timed(Phase.READING, 1, 1)
 
-    with tempfile.TemporaryDirectory(prefix="d2lora-") as directory:
+    # Inside ``out``, so that whoever cleans up after a killed process finds these too.
+    with tempfile.TemporaryDirectory(prefix=".statistics-", dir=out) as directory:
         built = build_adapter(
             base, targets, spec, encoded.examples, settings=settings, directory=Path(directory), on_progress=timed
         )

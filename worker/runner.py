@@ -1,6 +1,8 @@
 """Claim, run, settle: the one place where a job is worked on, whoever wakes it."""
 
 import logging
+import os
+import shutil
 import tempfile
 import threading
 import time
@@ -22,6 +24,27 @@ log = logging.getLogger(__name__)
 OnProgress = Callable[[Phase, int, int], None]
 Build = Callable[[InitializationSpec, DatasetFile, DatasetFile | None, Path, OnProgress], Result]
 """Writes the adapter's files into a directory; calls back at least once per batch, which may raise to stop it."""
+
+
+_JOB_PREFIX = "d2lora-job-"
+
+
+def remove_leftovers() -> None:
+    """Remove the directories of jobs whose worker on this machine was killed; they hold data rows."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_JOB_PREFIX}*"):
+        owner = path.name.removeprefix(_JOB_PREFIX).partition("-")[0]
+        if owner.isdecimal() and not _is_alive(int(owner)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 class Stopped(BaseException):
@@ -60,7 +83,7 @@ def run_next(
     started = time.monotonic()
     prefix = initialization_prefix(claim.tenant, claim.id, claim.attempt)
     try:
-        with tempfile.TemporaryDirectory(prefix="d2lora-job-") as directory:
+        with tempfile.TemporaryDirectory(prefix=f"{_JOB_PREFIX}{os.getpid()}-") as directory:
             with _heartbeat(store, claim, settings) as watch:
                 result = _build(claim, storage, build, Path(directory), watch, stop)
                 publish(result, Path(directory), storage, prefix)

@@ -13,7 +13,7 @@ from d2lora.initializations import InitializationSpec, Phase, Result, ResultFile
 from d2lora.settings import DatabaseSettings, WorkerSettings
 from d2lora.storage import LocalStorage, dataset_key
 from d2lora.store import Store
-from worker.runner import run_next
+from worker.runner import remove_leftovers, run_next
 
 SETTINGS = WorkerSettings(lease_seconds=5, heartbeat_seconds=0.02, max_attempts=2)
 ROWS = b'{"text": "hello"}\n'
@@ -264,3 +264,20 @@ def test_a_dataset_whose_bytes_are_gone_is_said_to_be(store, storage, job):
     run(store, storage, good_build)
 
     assert store.get("acme", job.id).error.code == NotFound.code
+
+
+def test_what_a_killed_worker_left_is_removed_and_what_a_living_one_uses_is_not(tmp_path, monkeypatch):
+    import os
+    import subprocess
+    import sys
+
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in (f"d2lora-job-{child.pid}-abc", f"d2lora-job-{os.getpid()}-abc", "something-else"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset").write_text("a row")
+
+    remove_leftovers()
+
+    assert {path.name for path in tmp_path.iterdir()} == {f"d2lora-job-{os.getpid()}-abc", "something-else"}
