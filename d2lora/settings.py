@@ -38,6 +38,29 @@ class StorageSettings(BaseSettings):
     region: str = Field(default="us-east-1", description="of the bucket; keys come from where AWS's tools find them")
 
 
+class BrokerSettings(BaseSettings):
+    """Where wake-ups for the workers go. Without a broker, workers look for work in the database themselves."""
+
+    model_config = _prefix("BROKER_")
+
+    url: SecretStr | None = Field(default=None, description="redis:// or rediss:// URL")
+
+
+class DispatchSettings(BaseSettings):
+    """How the API's leading replica passes jobs on and tidies up."""
+
+    model_config = _prefix("DISPATCH_")
+
+    publish_seconds: float = Field(default=0.2, gt=0, description="pause between two looks into the outbox")
+    reconcile_seconds: float = Field(
+        default=5.0, gt=0, description="pause between two looks for jobs that nobody works on although they are free"
+    )
+    leader_seconds: float = Field(default=15.0, gt=0, description="a leader that is silent for so long is replaced")
+    retention_days: float | None = Field(
+        default=None, gt=0, description="finished adapters are removed after so many days; never when unset"
+    )
+
+
 class ModelSettings(BaseSettings):
     """Which base models a request may name."""
 
@@ -47,6 +70,12 @@ class ModelSettings(BaseSettings):
         default=[], description="hub IDs; shell patterns such as 'HuggingFaceTB/*' are understood"
     )
     roots: list[Path] = Field(default=[], description="a local model must lie below one of these directories")
+    cpu_parameters: float = Field(
+        default=0.5e9, gt=0, description="models of at most so many parameters go to the queue cpu"
+    )
+    gpu_small_parameters: float = Field(
+        default=9e9, gt=0, description="larger ones of at most so many go to gpu-small, all others to gpu-large"
+    )
 
 
 class WorkerSettings(BaseSettings):
@@ -61,7 +90,23 @@ class WorkerSettings(BaseSettings):
     activation_checkpointing: bool = Field(
         default=False, description="recompute each layer in the backward: less memory, one more forward"
     )
-    lease_seconds: float = Field(default=90.0, gt=0, description="a claim not renewed for so long is free again")
+    queues: list[str] = Field(
+        default=[], description="classes of jobs it takes: cpu, gpu-small, gpu-large; all when empty"
+    )
+    shard_tokens: int = Field(
+        default=500_000, ge=1, description="a job of more tokens is cut into shards of about so many"
+    )
+    model_cache_gib: float = Field(
+        default=0.0, ge=0, description="base models kept in memory between jobs, beside the one in use; their GiB"
+    )
+    heartbeat_file: Path | None = Field(
+        default=None, description="touched while the worker is alive; what `python -m worker alive` looks at"
+    )
+    grace_seconds: float = Field(
+        default=30.0, gt=0, description="time to hand work back when told to stop, before the worker is killed"
+    )
+    job_hours: float = Field(default=6.0, gt=0, description="a single claim that takes longer is killed")
+    lease_seconds: float = Field(default=60.0, gt=0, description="a claim not renewed for so long is free again")
     heartbeat_seconds: float = Field(
         default=5.0, gt=0, description="how often a claim is renewed, progress stored, and a wish to cancel seen"
     )
@@ -92,3 +137,6 @@ class ServiceSettings(BaseSettings):
     max_dataset_rows: int = Field(default=1_000_000, ge=1)
     max_row_bytes: int = Field(default=2**20, ge=1)
     max_request_bytes: int = Field(default=2**20, ge=1, description="bodies other than datasets")
+    metrics_port: int | None = Field(
+        default=None, ge=0, le=65535, description="port of Prometheus' /metrics; not served when unset"
+    )
