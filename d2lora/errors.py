@@ -34,6 +34,7 @@
         ├── StorageFull             507
         ├── StorageUnavailable      503  (retried)
         ├── ChecksumMismatch        500  bytes read are not the bytes written
+        ├── DeviceFailure           503  the accelerator is broken until its process ends (retried)
         ├── WorkerLost              500  the worker died too often on this job
         └── InternalError           500  everything else; details stay in the log
 
@@ -247,6 +248,10 @@ class StorageUnavailable(JobError):
 
 class ChecksumMismatch(JobError):
     code, title = "checksum_mismatch", "The bytes do not match their checksum"
+
+
+class DeviceFailure(JobError):
+    code, status, title, retryable = "device_failure", 503, "The accelerator failed", True
 
 
 class WorkerLost(JobError):

@@ -1,17 +1,22 @@
-"""Where a base model's files are, found out without loading them.
+"""Where a base model's files are, and how large it is, found out without loading it.
 
 A base model is a hub ID, a local directory with safetensors, a ``.gguf`` file, or a directory that holds exactly one.
 Pickle weights are never loaded: they run code.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2lora.errors import ModelNotFound, ModelUnsupported, WeightsUnsafe
+from d2lora.errors import ModelError, ModelNotFound, ModelUnsupported, WeightsUnsafe
+from d2lora.settings import ModelSettings
+from d2lora.weight_files import gguf_parameters, safetensors_parameters
 
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_SIZE_IN_NAME = re.compile(r"(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([mb])(?![a-z0-9])", re.IGNORECASE)
+"""Such as 135M, 0.5B, 8x7B; not the A3B of active parameters, and not 4bit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,47 @@ def locate(base_model: str) -> LocalModel | HubModel:
     if looks_local or not _HUB_ID.fullmatch(base_model):
         raise ModelNotFound(f"base_model: {base_model!r} is no file or directory here; give its path, or a hub ID")
     return HubModel(base_model)
+
+
+def parameters_of(base_model: str) -> float | None:
+    """Return about how many parameters the model has; None when neither its files nor its ID tell.
+
+    Local files are counted. A hub model is taken at its name ("SmolLM2-135M"): the largest size in it, and 8x7B as 56
+    billion, so that what is said is rather too much than too little.
+    """
+    try:
+        place = locate(base_model)
+        if isinstance(place, LocalModel):
+            if place.gguf_file is not None:
+                return float(gguf_parameters(place.weight_files[0]))
+            return float(sum(safetensors_parameters(path) for path in _loaded_files(place)))
+    except (ModelError, OSError, ValueError, KeyError):
+        return None  # the worker says what is wrong with it
+    sizes = [
+        int(experts or 1) * float(number) * (1e6 if unit in "mM" else 1e9)
+        for experts, number, unit in _SIZE_IN_NAME.findall(place.id.rsplit("/", 1)[-1])
+    ]
+    return max(sizes, default=None)
+
+
+def queue_of(parameters: float | None, settings: ModelSettings) -> str:
+    """Return the queue for a model of this size: cpu, gpu-small or gpu-large.
+
+    A model of unknown size goes to gpu-large: there it fits if it fits anywhere, where a smaller machine could run out
+    of memory and lose the job.
+    """
+    if parameters is None or parameters > settings.gpu_small_parameters:
+        return "gpu-large"
+    return "cpu" if parameters <= settings.cpu_parameters else "gpu-small"
+
+
+def _loaded_files(place: LocalModel) -> list[Path]:
+    """Return the safetensors files that transformers loads; some models lie beside a second copy of themselves."""
+    index = place.directory / "model.safetensors.index.json"
+    if index.exists():
+        return [place.directory / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    single = place.directory / "model.safetensors"
+    return [single] if single.exists() else place.weight_files
 
 
 def _inspect(path: Path) -> LocalModel:
