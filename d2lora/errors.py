@@ -35,6 +35,7 @@
         ├── StorageUnavailable      503  (retried)
         ├── ChecksumMismatch        500  bytes read are not the bytes written
         ├── DeviceFailure           503  the accelerator is broken until its process ends (retried)
+        ├── FormatMismatch          503  another version of the worker wrote a file (retried)
         ├── WorkerLost              500  the worker died too often on this job
         └── InternalError           500  everything else; details stay in the log
 
@@ -252,6 +253,10 @@ class ChecksumMismatch(JobError):
 
 class DeviceFailure(JobError):
     code, status, title, retryable = "device_failure", 503, "The accelerator failed", True
+
+
+class FormatMismatch(JobError):
+    code, status, title, retryable = "format_mismatch", 503, "Another version of the worker wrote this", True
 
 
 class WorkerLost(JobError):
