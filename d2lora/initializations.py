@@ -42,6 +42,9 @@ class Orpo(Frozen):
     )
 
 
+Quantization = Literal["4bit", "8bit"]
+"""How the linear layers of a base model are stored: NF4, or LLM.int8; by bitsandbytes."""
+
 Objective = Annotated[Sft | Dpo | Orpo, Field(discriminator="type")]
 
 
@@ -126,6 +129,9 @@ class InitializationSpec(Frozen):
     max_length: int = Field(default=1024, ge=2, description="tokens of prompt and completion together")
     max_tokens_per_batch: int | None = Field(default=None, ge=1, description="the worker's setting when omitted")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Quantization | None = Field(
+        default=None, description="load the base model's linear layers in so many bits; the adapter fits any precision"
+    )
     seed: int = Field(default=0, ge=0, lt=2**31)
     metadata: dict[str, str] = Field(default={}, max_length=16, description="kept and returned, never interpreted")
 

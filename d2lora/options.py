@@ -29,6 +29,7 @@ _OPTIONS: dict[str, Any] = {
     "max_length": Annotated[int | None, typer.Option(help="tokens of a sequence (default: 1024)")],
     "max_tokens_per_batch": Annotated[int | None, typer.Option(help="padded tokens of one forward")],
     "dtype": Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16 (default: auto)")],
+    "quantization": Annotated[str | None, typer.Option(help="load the base model in 4bit or 8bit (default: neither)")],
     "seed": Annotated[int | None, typer.Option(help="(default: 0)")],
     "revision": Annotated[str | None, typer.Option(help="commit, tag or branch of a hub model")],
     "spec": Annotated[Path | None, typer.Option(help="a JSON file with the request; the options above win over it")],

@@ -77,7 +77,13 @@ def initialize(
         on_progress(phase, done, total)
 
     timed(Phase.LOADING, 0, 1)
-    base = load(spec.base_model, revision=spec.revision, dtype=spec.dtype, device=settings.device)
+    base = load(
+        spec.base_model,
+        revision=spec.revision,
+        dtype=spec.dtype,
+        device=settings.device,
+        quantization=spec.quantization,
+    )
     config = lora_config(base.model, spec.lora, base_model=spec.base_model, revision=spec.revision)
     targets = resolve_targets(base.model, config)
     timed(Phase.LOADING, 1, 1)

@@ -54,6 +54,7 @@ def _chunked(
     vocabulary: int,
     with_gradient: bool,
 ) -> tuple[Float[Tensor, " S"], Float[Tensor, "S T H"] | None]:
+    counted, input_ids = counted.to(hidden.device), input_ids.to(hidden.device)  # a spread model's inputs are elsewhere
     predicted = counted[:, 1:]  # the token at t is predicted by the hidden state at t - 1
     states_CH = hidden.detach()[:, :-1][predicted]
     targets_C = input_ids[:, 1:][predicted]

@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from d2lora.errors import ModelNotFound, ModelUnsupported, WeightsUnsafe
+from d2lora.errors import ModelNotFound, ModelUnsupported, OutOfMemory, WeightsUnsafe
+from d2lora.initializations import Quantization
 from d2lora.models import HubModel, LocalModel, locate
+from worker.devices import pick_device
+from worker.loading import loading_plan
 from worker.logprobs import Head
+from worker.quantization import dequantized_weight, prepare
 
 _HEAD_TOLERANCE = 2e-2
 """Largest relative difference between our head and the model's own logits; bfloat16 rounds at 4e-3."""
@@ -41,8 +45,8 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
-        return self.model.device
+        """Where inputs go: where the embeddings are, also of a model that is spread over several devices."""
+        return _device_of(self.model.get_input_embeddings())
 
     @property
     def vocabulary(self) -> int:
@@ -57,10 +61,10 @@ class BaseModel:
     def hidden_states(
         self, input_ids: Int[Tensor, "S T"], attention_mask: Int[Tensor, "S T"]
     ) -> Float[Tensor, "S T H"]:
-        """Return the decoder's last hidden states, which `head` turns into logits."""
+        """Return the decoder's last hidden states, which `head` turns into logits; on the head's device."""
         output = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         hidden: Tensor = output.last_hidden_state
-        return hidden
+        return hidden.to(_device_of(self.model.get_output_embeddings()))
 
     @property
     def head(self) -> Head:
@@ -81,15 +85,20 @@ class BaseModel:
         return head
 
 
-def load(base_model: str, *, revision: str | None, dtype: str, device: str) -> BaseModel:
+def load(
+    base_model: str, *, revision: str | None, dtype: str, device: str, quantization: Quantization | None = None
+) -> BaseModel:
     """Return the model in evaluation mode, every weight frozen, on the device.
 
-    ``dtype="auto"`` means float32 on a CPU and the checkpoint's own type elsewhere.
+    ``dtype="auto"`` means float32 on a CPU and the checkpoint's own type elsewhere. On a machine with several CUDA
+    devices, a model that one of them does not hold is spread over all.
 
     Raises:
         ModelNotFound: no such directory, file or hub ID.
         WeightsUnsafe: only pickle weights exist.
-        ModelUnsupported: no causal language model, or a head whose logits we cannot reproduce.
+        ModelUnsupported: no causal language model, a head whose logits we cannot reproduce, or weights in a format
+            that cannot be loaded as requested.
+        OutOfMemory: all devices together do not hold it.
     """
     place = locate(base_model)
     target = torch.device(pick_device(device))
@@ -106,30 +115,36 @@ def load(base_model: str, *, revision: str | None, dtype: str, device: str) -> B
         torch_dtype = torch.float32
     with _translated_errors(base_model):
         # A GGUF file holds its own configuration, which only the model's loader reads in full.
-        if "gguf_file" not in arguments:
-            _refuse_encoder_decoder(AutoConfig.from_pretrained(source, **arguments))
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, use_safetensors=True, **arguments)
+        config = None if "gguf_file" in arguments else AutoConfig.from_pretrained(source, **arguments)
+        plan = loading_plan(base_model, config, dtype=torch_dtype, target=target, quantization=quantization)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch_dtype, use_safetensors=True, **plan.arguments, **arguments
+        )
         tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
-    model = model.to(target).eval().requires_grad_(False)
+    if "device_map" not in plan.arguments:
+        model = model.to(target)
+    if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()) - {target.type}:
+        raise OutOfMemory("the base model does not fit on the devices; use quantization 4bit, or a larger machine")
+    if plan.quantization is not None:
+        prepare(model)
     loaded = BaseModel(
         name=base_model,
         revision=getattr(model.config, "_commit_hash", None) if isinstance(place, HubModel) else None,
         weights_sha256=_digest(place.weight_files) if isinstance(place, LocalModel) else None,
         license=_license(place),
-        model=model,
+        model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
     )
     verify_head(loaded)
     return loaded
 
 
-def pick_device(device: str) -> str:
-    """Return the device's name; ``auto`` takes CUDA, then Apple's MPS, then the CPU."""
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def _device_of(module: nn.Module) -> torch.device:
+    """Return where a module computes; a hook of accelerate may keep its weights elsewhere meanwhile."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return module.weight.device  # type: ignore[return-value]  # embeddings and heads have a weight
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 def layer_sizes(module: nn.Module) -> tuple[int, int]:
@@ -142,9 +157,8 @@ def layer_sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def weight_norm(module: nn.Module) -> float:
-    """Return the Frobenius norm of a layer's weight; 0 where it is packed and has none to tell."""
-    weight = getattr(module, "weight", None)
-    return weight.detach().float().norm().item() if isinstance(weight, Tensor) and weight.is_floating_point() else 0.0
+    """Return the Frobenius norm of a layer's weight, also of a quantized one."""
+    return dequantized_weight(module).float().norm().item()
 
 
 def verify_head(base: BaseModel) -> None:
@@ -160,18 +174,11 @@ def verify_head(base: BaseModel) -> None:
         theirs = base.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
     if not torch.isfinite(theirs).all():
         return  # the pass itself reports where numbers stop being finite
+    theirs = theirs.to(ours.device)
     if ours.shape != theirs.shape or (ours - theirs).abs().max() > _HEAD_TOLERANCE * theirs.abs().max():
         raise ModelUnsupported(
             f"base_model: {base.name!r} ({type(base.model).__name__}) turns hidden states into logits "
             "in a way that this version does not know"
-        )
-
-
-def _refuse_encoder_decoder(config: Any) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelUnsupported(
-            f"base_model: {config.model_type!r} is an encoder-decoder; "
-            "the objectives are defined for decoder-only models"
         )
 
 

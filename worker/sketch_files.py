@@ -67,7 +67,7 @@ class SketchFile:
         paired: bool,
     ) -> None:
         """Add a batch to one layer's sums."""
-        batch = self._kind.empty(self._shapes[name], self._bases, self._matrices)
+        batch = self._kind.empty(self._shapes[name], self._bases, self._matrices.on(inputs.device))
         batch.add(inputs, output_grads, weights, paired=paired)
         for part, tensor in batch.tensors().items():
             entry = self._header[f"{name}/{part}"]

@@ -91,6 +91,13 @@ class TestMatrices:
     seed: int
     device: torch.device
     _cache: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    _elsewhere: dict[torch.device, "TestMatrices"] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> "TestMatrices":
+        """Return the same matrices on another device, for the layers of a spread model that lie there."""
+        if device == self.device:
+            return self
+        return self._elsewhere.setdefault(device, TestMatrices(self.seed, device))
 
     def omega(self, shape: Shape) -> Float[Tensor, "M Q"]:
         """Return the test matrix of the range sketch."""

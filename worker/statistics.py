@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from d2lora.errors import NumericalFailure, OutOfMemory
 from worker.data import Batch
+from worker.devices import says_out_of_memory
 from worker.logprobs import sequence_logps, sequence_logps_and_gradient
 from worker.models import BaseModel
 from worker.objectives import Basis, Counts, Scores, count, sequence_weights
@@ -71,7 +72,7 @@ class _Recorder:
         # One number tells: a sum over a NaN or an infinity is not finite either.
         if not math.isfinite(output_grads.sum().item()) and not bool(torch.isfinite(output_grads).all()):
             raise NumericalFailure(f"the gradient at the output of layer {name!r} is not finite; try dtype float32")
-        self.layers[name].add(inputs, output_grads, self.weights, paired=self.paired)
+        self.layers[name].add(inputs, output_grads, self.weights.to(inputs.device), paired=self.paired)
         self.done.add((self.only, name))
 
 
@@ -303,8 +304,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the device's or the host's memory is used up."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # The CPU allocator has no error class of its own.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and says_out_of_memory(error)
 
 
 def _first_non_finite(base: BaseModel, batch: Batch) -> str:

@@ -67,7 +67,8 @@ def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.
                 f"lora.r: {config.r} is above the smaller side of {name!r} ({out_features} x {in_features}); "
                 f"use at most {min(out_features, in_features)} or leave that module out"
             )
-        kinds.add(isinstance(module, Conv1D))
+        # A quantized layer replaces a Linear or a Conv1D; the adapter is for the layer that it replaced.
+        kinds.add(issubclass(getattr(module, "source_cls", type(module)), Conv1D))
     if kinds == {True, False}:
         raise TargetUnsupported(
             "lora.target_modules: Linear and Conv1D layers in one adapter; PEFT has one fan_in_fan_out for all"

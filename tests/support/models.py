@@ -32,11 +32,11 @@ def tiny_llama(*, seed: int = 0, layers: int = 2, hidden: int = 24, tie: bool = 
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def tiny_gpt2(*, seed: int = 0) -> PreTrainedModel:
+def tiny_gpt2(*, seed: int = 0, hidden: int = 24) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=VOCABULARY,
-        n_embd=24,
+        n_embd=hidden,
         n_layer=2,
         n_head=4,
         n_positions=128,
