@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format openapi clean
+.PHONY: help setup demo test check format openapi env deploy-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,5 +41,11 @@ format: setup ## rewrite the sources in the house format
 openapi: setup ## write openapi.yaml anew
 	$(BIN)/python -m service openapi --write openapi.yaml
 
+env: ## write .env with fresh secrets for docker compose (needs Python alone)
+	$(PYTHON) deploy/dotenv.py
+
+deploy-check: setup ## lint, render and hold to schemas and assertions: chart, compose file, Dockerfiles
+	$(BIN)/python -m deploy.check
+
 clean: ## remove what the targets made
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .tools demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Checks of what is shipped beside the code: images, compose file and chart."""
