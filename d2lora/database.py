@@ -14,6 +14,8 @@ from sqlalchemy.orm import Session
 from d2lora.settings import DatabaseSettings
 
 _BUSY_MILLISECONDS = 30_000
+_LIVELY = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+"""A server that vanishes is noticed within a minute; the system's own limit is two hours."""
 _MIGRATION_LOCK = 0x64326C6F7261
 """Key of PostgreSQL's advisory lock; any number that nothing else in the database uses."""
 
@@ -22,7 +24,7 @@ def open_engine(settings: DatabaseSettings) -> Engine:
     """Return an engine; a SQLite file and its directory are made if they do not exist."""
     url = make_url(settings.url)
     if url.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
+        return create_engine(url, pool_pre_ping=True, connect_args=_LIVELY)
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(url)

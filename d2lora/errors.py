@@ -33,9 +33,11 @@
         ├── OutOfMemory             500  one row alone does not fit
         ├── StorageFull             507
         ├── StorageUnavailable      503  (retried)
+        ├── BrokerUnavailable       503  wake-ups wait in the outbox
         ├── ChecksumMismatch        500  bytes read are not the bytes written
         ├── DeviceFailure           503  the accelerator is broken until its process ends (retried)
         ├── FormatMismatch          503  another version of the worker wrote a file (retried)
+        │   └── FormatOutdated      503  an older version wrote it; the job begins anew
         ├── WorkerLost              500  the worker died too often on this job
         └── InternalError           500  everything else; details stay in the log
 
@@ -247,6 +249,10 @@ class StorageUnavailable(JobError):
     code, status, title, retryable = "storage_unavailable", 503, "The storage cannot be reached", True
 
 
+class BrokerUnavailable(JobError):
+    code, status, title, retryable = "broker_unavailable", 503, "The broker cannot be reached", True
+
+
 class ChecksumMismatch(JobError):
     code, title = "checksum_mismatch", "The bytes do not match their checksum"
 
@@ -257,6 +263,10 @@ class DeviceFailure(JobError):
 
 class FormatMismatch(JobError):
     code, status, title, retryable = "format_mismatch", 503, "Another version of the worker wrote this", True
+
+
+class FormatOutdated(FormatMismatch):
+    code, title = "format_outdated", "An older version wrote this file"
 
 
 class WorkerLost(JobError):

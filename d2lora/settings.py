@@ -6,10 +6,15 @@ Every variable starts with ``D2LORA_`` and its concern, for instance ``D2LORA_WO
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Queue = Literal["cpu", "gpu-small", "gpu-large"]
+"""Classes of jobs, by what the base model needs."""
+
+QUEUES: tuple[Queue, ...] = get_args(Queue)
 
 
 def _prefix(concern: str) -> SettingsConfigDict:
@@ -56,6 +61,9 @@ class DispatchSettings(BaseSettings):
         default=5.0, gt=0, description="pause between two looks for jobs that nobody works on although they are free"
     )
     leader_seconds: float = Field(default=15.0, gt=0, description="a leader that is silent for so long is replaced")
+    tidy_seconds: float = Field(
+        default=300.0, gt=0, description="after a job's end, until what it left behind besides its result is removed"
+    )
     retention_days: float | None = Field(
         default=None, gt=0, description="finished adapters are removed after so many days; never when unset"
     )
@@ -90,9 +98,7 @@ class WorkerSettings(BaseSettings):
     activation_checkpointing: bool = Field(
         default=False, description="recompute each layer in the backward: less memory, one more forward"
     )
-    queues: list[str] = Field(
-        default=[], description="classes of jobs it takes: cpu, gpu-small, gpu-large; all when empty"
-    )
+    queues: list[Queue] = Field(default=[], description="classes of jobs it takes; all when empty")
     shard_tokens: int = Field(
         default=500_000, ge=1, description="a job of more tokens is cut into shards of about so many"
     )
@@ -103,7 +109,7 @@ class WorkerSettings(BaseSettings):
         default=None, description="touched while the worker is alive; what `python -m worker alive` looks at"
     )
     grace_seconds: float = Field(
-        default=30.0, gt=0, description="time to hand work back when told to stop, before the worker is killed"
+        default=30.0, gt=0, description="a child that has not handed its work back so long after a stop is killed"
     )
     job_hours: float = Field(default=6.0, gt=0, description="a single claim that takes longer is killed")
     lease_seconds: float = Field(default=60.0, gt=0, description="a claim not renewed for so long is free again")

@@ -1,8 +1,8 @@
 """Where bytes live: datasets as they were sent, and the files of finished adapters.
 
 Keys are made by the server, never by a client: ``t/{tenant}/datasets/{id}`` and
-``t/{tenant}/initializations/{id}/{attempt}/{file}``. An attempt has a prefix of its own, so a worker that was given up
-on can never overwrite its successor's files.
+``t/{tenant}/initializations/{id}/{attempt}/{file}``, and ``.../{id}/shards/...`` while shards are worked on. An attempt
+has a prefix of its own, so a worker that was given up on can never overwrite its successor's files.
 """
 
 import errno
@@ -28,6 +28,11 @@ def dataset_key(tenant: str, dataset_id: str) -> str:
 def initialization_prefix(tenant: str, initialization_id: str, attempt: int) -> str:
     """Return what the keys of one attempt's files begin with."""
     return f"t/{tenant}/initializations/{initialization_id}/{attempt}/"
+
+
+def shards_prefix(tenant: str, initialization_id: str) -> str:
+    """Return what the keys of a job's shards begin with: their inputs and sums, which go when the job ends."""
+    return f"t/{tenant}/initializations/{initialization_id}/shards/"
 
 
 @runtime_checkable

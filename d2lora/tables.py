@@ -5,6 +5,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    Boolean,
     DateTime,
     Dialect,
     ForeignKey,
@@ -78,6 +79,12 @@ class InitializationRow(Table):
     """The fencing number: raised by every claim; a worker's writes count only while it is still its own."""
     failures: Mapped[int] = mapped_column(Integer, default=0)
     """Claims that ended without a word; a job handed back on purpose has not failed."""
+    queue: Mapped[str] = mapped_column(String(32), default="cpu")
+    """Class of workers that may take it."""
+    stage: Mapped[str] = mapped_column(String(16), default="whole")
+    """What a claim of it means; see `d2lora.shards.Stage`."""
+    plan: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """Of a job that was cut into shards: the object that says how."""
     worker: Mapped[str | None] = mapped_column(String(255))
     lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
     progress: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
@@ -85,6 +92,10 @@ class InitializationRow(Table):
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     prefix: Mapped[str | None] = mapped_column(String(512))
     """Where the files of a succeeded one are."""
+    woken_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """When a wake-up for it was last put into the outbox."""
+    cleaned: Mapped[bool] = mapped_column(Boolean, default=False)
+    """Whether everything but the result has been removed from the storage after its end."""
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     cancelling_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
@@ -96,7 +107,53 @@ class InitializationRow(Table):
     __table_args__ = (
         Index("ix_initializations_tenant_created_at_id", "tenant", "created_at", "id"),
         Index("ix_initializations_state_lease_until", "state", "lease_until"),
+        Index("ix_initializations_state_cleaned", "state", "cleaned"),
     )
+
+
+class ShardRow(Table):
+    """A part of a job that any worker can do: its task, who does it and until when, and what came out."""
+
+    __tablename__ = "shards"
+
+    initialization_id: Mapped[str] = mapped_column(ForeignKey("initializations.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    made_by: Mapped[int] = mapped_column(Integer)
+    """Attempt of the job that made it; evaluations of an earlier attempt are of no use to a later one."""
+    task: Mapped[dict[str, Any]] = mapped_column(JSON)
+    inputs: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    outcome: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """Set once it is done."""
+    rows_done: Mapped[int] = mapped_column(Integer, default=0)
+    attempt: Mapped[int] = mapped_column(Integer, default=0)
+    failures: Mapped[int] = mapped_column(Integer, default=0)
+    worker: Mapped[str | None] = mapped_column(String(255))
+    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """End of the claim if there is a worker; otherwise it is free from this moment on, or at once."""
+
+
+class OutboxRow(Table):
+    """A wake-up that has not been published yet."""
+
+    __tablename__ = "outbox"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    initialization_id: Mapped[str] = mapped_column(ForeignKey("initializations.id"))
+    queue: Mapped[str] = mapped_column(String(32))
+    due_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+    __table_args__ = (Index("ix_outbox_due_at", "due_at"),)
+
+
+class LeaderRow(Table):
+    """Who does what only one replica should do, and until when."""
+
+    __tablename__ = "leaders"
+
+    role: Mapped[str] = mapped_column(String(32), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(255))
+    lease_until: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
 class EventRow(Table):

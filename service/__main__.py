@@ -1,4 +1,4 @@
-"""``python -m service``: serve. ``python -m service openapi --write|--check FILE``: the API's description."""
+"""``python -m service``: serve; ``migrate``: the database alone; ``openapi --write|--check FILE``: the API's text."""
 
 import difflib
 import logging
@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 
 from d2lora.database import migrate
-from d2lora.settings import ServiceSettings
+from d2lora.settings import DatabaseSettings, ServiceSettings
 from service.app import create_app
 from service.settings import Settings
 
@@ -38,13 +38,16 @@ def main() -> int:
     match sys.argv[1:]:
         case []:
             return serve()
+        case ["migrate"]:
+            migrate(DatabaseSettings())
+            return 0
         case ["openapi", "--write", path]:
             Path(path).write_text(openapi(), encoding="utf-8")
             return 0
         case ["openapi", "--check", path]:
             return check(Path(path))
         case _:
-            sys.stderr.write("usage: python -m service [openapi --write|--check FILE]\n")
+            sys.stderr.write("usage: python -m service [migrate | openapi --write|--check FILE]\n")
             return 2
 
 

@@ -11,6 +11,8 @@ from d2lora.storage import open_storage
 from d2lora.store import Store
 from service import datasets, health, initializations, limits, problems
 from service.auth import KeyRing
+from service.dispatch import dispatching
+from service.metrics import serving_metrics
 from service.settings import Settings
 
 _DESCRIPTION = """\
@@ -31,7 +33,11 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with Store(settings.database) as store:
+        with (
+            Store(settings.database) as store,
+            dispatching(store.outbox, app.state.storage, settings.broker, settings.dispatch) as dispatcher,
+            serving_metrics(settings.service.metrics_port, settings.service.host, store.outbox, dispatcher),
+        ):
             app.state.store = store
             yield
 

@@ -22,6 +22,7 @@ from d2lora.errors import (
     StorageUnavailable,
 )
 from d2lora.initializations import Adapter, AdapterFile, Frozen, Initialization, InitializationSpec, State
+from d2lora.models import parameters_of, queue_of
 from d2lora.store import Event, Store
 from service.auth import Tenant
 from service.dependencies import SettingsDependency, StorageDependency, StoreDependency
@@ -73,7 +74,8 @@ def create_initialization(
     except ModelError as error:
         error.errors = [ProblemItem(detail=error.detail, pointer="#/base_model")]
         raise
-    initialization, _ = store.create(tenant, spec, idempotency_key=idempotency_key)
+    queue = queue_of(parameters_of(spec.base_model), settings.models)
+    initialization, _ = store.create(tenant, spec, queue=queue, idempotency_key=idempotency_key)
     response.headers["location"] = f"/v1/initializations/{initialization.id}"
     return initialization
 

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from d2lora.settings import DatabaseSettings, ModelSettings, ServiceSettings, StorageSettings
+from d2lora.settings import (
+    BrokerSettings,
+    DatabaseSettings,
+    DispatchSettings,
+    ModelSettings,
+    ServiceSettings,
+    StorageSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -13,3 +20,5 @@ class Settings:
     database: DatabaseSettings = field(default_factory=DatabaseSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
     models: ModelSettings = field(default_factory=ModelSettings)
+    broker: BrokerSettings = field(default_factory=BrokerSettings)
+    dispatch: DispatchSettings = field(default_factory=DispatchSettings)

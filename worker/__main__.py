@@ -1,4 +1,4 @@
-"""``python -m worker run``: work on jobs until told to stop. ``python -m worker init``: one adapter, no service.
+"""``python -m worker run``: work on jobs until told to stop; ``alive``: whether it does; ``init``: one adapter alone.
 
 ``init`` reads one JSON object from standard input (spec, dataset, eval_dataset, out) and writes JSON lines to standard
 output: ``{"progress": ...}`` while it works, then ``{"result": ...}`` or ``{"problem": ...}``; it exits with 0 or 1.
@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -22,10 +21,10 @@ from d2lora.database import migrate
 from d2lora.datasets import DatasetFile, Format
 from d2lora.errors import D2LoraError, InternalError, RequestInvalid
 from d2lora.initializations import InitializationSpec, Phase, Progress, Result
-from d2lora.settings import DatabaseSettings, StorageSettings, WorkerSettings
-from d2lora.storage import ObjectStorage, open_storage
-from d2lora.store import Store
-from worker.runner import Build, OnProgress, remove_leftovers, run_next
+from d2lora.settings import BrokerSettings, DatabaseSettings, WorkerSettings
+from worker.heartbeat import heartbeat_file, is_fresh
+from worker.process import RealWork, open_runner
+from worker.runner import Recycle, Runner
 
 log = logging.getLogger("worker")
 
@@ -38,61 +37,60 @@ def main() -> int:
     match sys.argv[1:]:
         case ["run"]:
             return run()
+        case ["alive"]:
+            return alive()
         case ["init"]:
             return init()
         case _:
-            sys.stderr.write("usage: python -m worker run | init\n")
+            sys.stderr.write("usage: python -m worker run | alive | init\n")
             return 2
 
 
 def run() -> int:
-    """Work on jobs until SIGTERM, SIGINT, or the end of standard input if it is a pipe from a supervisor."""
+    """Work on jobs until SIGTERM, SIGINT, or the end of standard input if it is a pipe from a supervisor.
+
+    With a broker, messages bring the work; without one, the database is asked again and again.
+    """
+    migrate(DatabaseSettings())
+    broker, settings = BrokerSettings(), WorkerSettings()
+    if broker.url is not None:
+        from worker.app import consume  # noqa: PLC0415  # a single machine needs no Celery
+
+        return consume(broker, settings)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     if os.environ.get("D2LORA_SUPERVISED"):
         threading.Thread(target=_watch_parent, args=(stop,), daemon=True).start()
-    settings = WorkerSettings()
-    migrate(DatabaseSettings())
-    remove_leftovers()
-    with Store(DatabaseSettings()) as store:
-        serve(store, open_storage(StorageSettings()), build_with(settings), settings, stop=stop)
-    return 0
+    with open_runner(stop=stop) as runner, heartbeat_file(settings.heartbeat_file):
+        return serve(runner)
 
 
-def serve(
-    store: Store, storage: ObjectStorage, build: Build, settings: WorkerSettings, *, stop: threading.Event
-) -> None:
-    """Run jobs one after another until ``stop`` is set."""
-    worker = f"{socket.gethostname()}:{os.getpid()}"
-    log.info("worker_ready name=%s", worker)
-    while not stop.is_set():
+def serve(runner: Runner) -> int:
+    """Work on one unit after another until the runner's ``stop`` is set; return the exit code."""
+    log.info("worker_ready name=%s", runner.worker)
+    while not runner.stop.is_set():
         try:
-            worked = run_next(store, storage, build, settings, worker=worker, stop=stop)
+            worked = runner.run_next()
+        except Recycle:
+            log.warning("worker_recycled")
+            return 1  # whoever runs this process starts a fresh one
         except Exception:
             log.exception("store_unreachable")  # the lease covers whatever was claimed
             worked = False
         if not worked:
-            stop.wait(settings.poll_seconds)
-    log.info("worker_stopped name=%s", worker)
+            runner.stop.wait(runner.settings.poll_seconds)
+    log.info("worker_stopped name=%s", runner.worker)
+    return 0
 
 
-def build_with(settings: WorkerSettings) -> Build:
-    """Return the real build; torch is imported when the first job needs it."""
-
-    def build(
-        spec: InitializationSpec,
-        dataset: DatasetFile,
-        eval_dataset: DatasetFile | None,
-        out: Path,
-        on_progress: OnProgress,
-    ) -> Result:
-        on_progress(Phase.LOADING, 0, 1)
-        from worker.initialization import initialize  # noqa: PLC0415  # seconds of imports
-
-        return initialize(spec, dataset, eval_dataset, out=out, settings=settings, on_progress=on_progress)
-
-    return build
+def alive() -> int:
+    """Return 0 if the worker on this machine has touched its heartbeat file lately."""
+    path = WorkerSettings().heartbeat_file
+    if path is None:
+        sys.stderr.write("D2LORA_WORKER_HEARTBEAT_FILE is not set, so nothing can be told\n")
+        return 2
+    return 0 if is_fresh(path) else 1
 
 
 def init() -> int:
@@ -122,9 +120,11 @@ def _init(request: dict[str, Any]) -> Result:
     out.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
-        build = build_with(WorkerSettings())
+        work = RealWork(WorkerSettings(), may_split=False)
         evaluation = request.get("eval_dataset")
-        result = build(spec, _file(request["dataset"]), evaluation and _file(evaluation), workplace, _say_progress)
+        dataset = _file(request["dataset"])
+        result = work.initialize(spec, dataset, _file(evaluation) if evaluation else None, workplace, _say_progress)
+        assert isinstance(result, Result)
         workplace.chmod(0o755)  # mkdtemp's is for the owner alone
         if out.exists():
             out.rmdir()

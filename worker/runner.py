@@ -1,4 +1,7 @@
-"""Claim, run, settle: the one place where a job is worked on, whoever wakes it."""
+"""Claim, run, settle: the one place where a unit of work is done, whoever wakes it.
+
+A unit is a job or a shard of one (docs/decisions/0002-the-cluster.md).
+"""
 
 import logging
 import os
@@ -6,27 +9,259 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from d2lora.datasets import DatasetFile
-from d2lora.errors import D2LoraError, InternalError, OutOfMemory
-from d2lora.initializations import InitializationSpec, Phase, Progress, Result
+from d2lora.claims import Claim, Outcome, Plan, ShardClaim, Standing
+from d2lora.errors import D2LoraError, DeviceFailure, FormatMismatch, FormatOutdated, InternalError, OutOfMemory
+from d2lora.initializations import Phase, Progress, Result
+from d2lora.leases import Leases
 from d2lora.settings import WorkerSettings
 from d2lora.storage import ObjectStorage, initialization_prefix
-from d2lora.store import Claim, Standing, Store, StoredDataset
+from worker.files import Files
 from worker.publishing import publish
+from worker.sharing import Sharing
+from worker.units import OnProgress, ShardFiles, Split, Work
 
 log = logging.getLogger(__name__)
 
-OnProgress = Callable[[Phase, int, int], None]
-Build = Callable[[InitializationSpec, DatasetFile, DatasetFile | None, Path, OnProgress], Result]
-"""Writes the adapter's files into a directory; calls back at least once per batch, which may raise to stop it."""
-
-
 _JOB_PREFIX = "d2lora-job-"
+_STANDING_SECONDS = 1.0
+"""How often a running unit asks whether it should stop, between two renewals of its lease."""
+
+
+class Stopped(BaseException):
+    """The unit must stop now; not an Exception, so that no handler inside the work swallows it."""
+
+
+class Recycle(Exception):
+    """The unit is settled, but this process is of no use any longer and should end."""
+
+
+@dataclass
+class _Watch:
+    """What the heartbeat learns and the work reports, shared between their threads."""
+
+    standing: Standing = Standing.HELD
+    progress: Progress | None = None
+    phase_started: dict[Phase, float] = field(default_factory=dict)
+    asked: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Does one unit after another with the same means."""
+
+    leases: Leases
+    storage: ObjectStorage
+    work: Work
+    settings: WorkerSettings
+    worker: str
+    stop: threading.Event
+    """When it is set, the unit is handed back at its next sign of progress and another worker takes it."""
+
+    def run_next(self, initialization_id: str | None = None) -> bool:
+        """Claim one unit, of this job if one is named, and work on it to its end; False if there was none to claim.
+
+        Raises:
+            Recycle: the process should end.
+        """
+        if self.stop.is_set():
+            return False
+        claim = self.leases.claim(
+            self.worker,
+            lease=self.settings.lease,
+            max_attempts=self.settings.max_attempts,
+            queues=self.settings.queues,
+            initialization_id=initialization_id,
+        )
+        if claim is not None:
+            self._run(claim)
+        return claim is not None
+
+    def _run(self, claim: Claim | ShardClaim) -> None:
+        name = _name(claim)
+        log.info("claimed %s", name)
+        started = time.monotonic()
+        watch, recycle = _Watch(), False
+        try:
+            with tempfile.TemporaryDirectory(prefix=f"{_JOB_PREFIX}{os.getpid()}-") as directory:
+                outcome = self._do(claim, Path(directory), watch)
+        except Stopped:
+            outcome = self._settle_stopped(claim, watch)
+        except FormatMismatch as error:
+            outcome = self._settle_format(claim, error)
+        except D2LoraError as error:
+            outcome, recycle = self._settle_failed(claim, error), isinstance(error, DeviceFailure)
+        except MemoryError:
+            outcome = self._settle_failed(claim, OutOfMemory("the worker's memory is used up"))
+        except Exception:
+            # The traceback may show paths and values that are nobody else's business; it stays in the log.
+            log.exception("crashed %s", name)
+            outcome = self._settle_failed(claim, InternalError("an internal error; the worker's log has it"))
+        log.info("%s %s seconds=%.1f", outcome, name, time.monotonic() - started)
+        if recycle:
+            raise Recycle
+
+    def _do(self, claim: Claim | ShardClaim, directory: Path, watch: _Watch) -> str:
+        files = Files(self.storage, directory)
+        if isinstance(claim, ShardClaim):
+            return self._do_shard(claim, files, watch)
+        if claim.plan is not None:
+            return self._build(claim, claim.plan, files, watch)
+        return self._do_whole(claim, files, watch)
+
+    def _do_whole(self, claim: Claim, files: Files, watch: _Watch) -> str:
+        with self._heartbeat(claim, watch):
+            progress = self._progress(claim, watch)
+            dataset, evaluation = files.dataset(claim.dataset), files.dataset(claim.eval_dataset)
+            done = self.work.initialize(claim.spec, dataset, evaluation, files.directory, progress)
+            progress(Phase.PUBLISHING, 0, 1)
+            if not isinstance(done, Split):
+                return self._publish(claim, done, files)
+            plan, shards = files.put_split(claim, done)
+        return "split" if self.leases.split(claim, plan, shards) else "superseded"
+
+    def _do_shard(self, claim: ShardClaim, files: Files, watch: _Watch) -> str:
+        with self._heartbeat(claim, watch):
+            progress = self._progress(claim, watch)
+            for file in claim.inputs:
+                files.get(file)
+            output = self.work.run_shard(claim.spec, claim.task, files.directory, progress)
+            outcome = Outcome(files=files.put_shard(claim, output.files), scores=output.scores)
+        return "finished" if self.leases.finish_shard(claim, outcome) else "superseded"
+
+    def _build(self, claim: Claim, plan: Plan, files: Files, watch: _Watch) -> str:
+        with self._heartbeat(claim, watch):
+            progress = self._progress(claim, watch)
+            shards = []
+            for number, shard in enumerate(claim.shards):
+                progress(Phase.READING, number, len(claim.shards))
+                below = f"shard-{number}"
+                (rows,) = (files.get(file, below) for file in shard.inputs)
+                shards.append(ShardFiles(rows, [files.get(file, below) for file in shard.outcome.files]))
+            share = Sharing(
+                claim,
+                self.leases,
+                files,
+                settings=self.settings,
+                worker=self.worker,
+                check=lambda: self._check(claim, watch),
+                help_out=lambda shard, directory: self._help(shard, directory, claim, watch),
+            )
+            evaluation = files.dataset(claim.eval_dataset)
+            plan_file = files.get(plan)
+            result = self.work.finish(claim.spec, plan_file, shards, evaluation, files.directory, share, progress)
+            progress(Phase.PUBLISHING, 0, 1)
+            return self._publish(claim, result, files)
+
+    def _help(self, shard: ShardClaim, directory: Path, claim: Claim, watch: _Watch) -> None:
+        """Do a shard of the builder's own job; if somebody else has taken it over, they finish it."""
+        own = _Watch()
+
+        def progress(phase: Phase, done: int, total: int) -> None:
+            self._check(claim, watch)
+            if own.standing is not Standing.HELD:
+                raise _TakenOver
+            own.progress = Progress(phase=phase, done=done, total=total)
+
+        try:
+            with self._heartbeat(shard, own):
+                output = self.work.run_shard(shard.spec, shard.task, directory, progress)
+            self.leases.finish_shard(shard, Outcome(scores=output.scores))
+        except _TakenOver:
+            log.info("taken_over %s", _name(shard))
+
+    def _publish(self, claim: Claim, result: Result, files: Files) -> str:
+        prefix = initialization_prefix(claim.tenant, claim.id, claim.attempt)
+        publish(result, files.directory, self.storage, prefix)
+        if self.leases.succeed(claim, result, prefix):
+            return "succeeded"
+        self.storage.delete_prefix(prefix)
+        return "superseded"
+
+    def _progress(self, claim: Claim | ShardClaim, watch: _Watch) -> OnProgress:
+        def on_progress(phase: Phase, done: int, total: int) -> None:
+            self._check(claim, watch)
+            began = watch.phase_started.setdefault(phase, time.monotonic())
+            left = (time.monotonic() - began) / done * (total - done) if done else None
+            watch.progress = Progress(phase=phase, done=done, total=total, seconds_left=left)
+
+        return on_progress
+
+    def _check(self, claim: Claim | ShardClaim, watch: _Watch) -> None:
+        """Raise Stopped if the unit should not go on."""
+        if not self.stop.is_set() and time.monotonic() - watch.asked > _STANDING_SECONDS:
+            watch.asked = time.monotonic()
+            try:
+                watch.standing = self.leases.standing(claim)
+            except Exception:
+                log.exception("standing_unknown %s", _name(claim))  # the heartbeat decides how long that is bearable
+        if self.stop.is_set() or watch.standing is not Standing.HELD:
+            raise Stopped
+
+    @contextmanager
+    def _heartbeat(self, claim: Claim | ShardClaim, watch: _Watch) -> Iterator[None]:
+        """Renew the lease and store progress while the block runs."""
+        done = threading.Event()
+
+        def beat() -> None:
+            renewed = time.monotonic()
+            while not done.wait(min(self.settings.heartbeat_seconds, self.settings.lease_seconds / 3)):
+                try:
+                    watch.standing = self.leases.renew(claim, lease=self.settings.lease, progress=watch.progress)
+                    renewed = time.monotonic()
+                except Exception:
+                    log.exception("heartbeat_failed %s", _name(claim))
+                    if time.monotonic() - renewed > self.settings.lease_seconds:
+                        watch.standing = Standing.LOST  # somebody else may hold it by now
+                if watch.standing is Standing.LOST:
+                    return
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _settle_stopped(self, claim: Claim | ShardClaim, watch: _Watch) -> str:
+        if watch.standing is Standing.LOST:
+            return "lost"
+        if watch.standing is Standing.CANCELLING:
+            assert isinstance(claim, Claim)
+            return "cancelled" if self.leases.cancelled(claim) else "lost"
+        assert self.stop.is_set()
+        return "handed_back" if self.leases.hand_back(claim) else "lost"
+
+    def _settle_format(self, claim: Claim | ShardClaim, error: FormatMismatch) -> str:
+        """During an upgrade: an older version leaves a newer one's files to it, a newer one begins the job anew."""
+        log.warning("format_mismatch %s: %s", _name(claim), error.detail)
+        if isinstance(error, FormatOutdated):
+            return "restarted" if self.leases.restart(claim) else "lost"
+        return "handed_back" if self.leases.hand_back(claim, pause=self.settings.lease / 3) else "lost"
+
+    def _settle_failed(self, claim: Claim | ShardClaim, error: D2LoraError) -> str:
+        problem = error.problem()
+        log.warning("failed %s code=%s", _name(claim), problem.code)
+        if not error.retryable:
+            return "failed" if self.leases.fail(claim, problem) else "lost"
+        settled = self.leases.retry(
+            claim, problem, max_attempts=self.settings.max_attempts, pause=self.settings.lease / 3
+        )
+        return "retrying" if settled else "lost"
+
+
+class _TakenOver(BaseException):
+    """A part of a build is somebody else's by now; not an Exception, so that no handler swallows it."""
+
+
+def _name(claim: Claim | ShardClaim) -> str:
+    shard = f" shard={claim.number}" if isinstance(claim, ShardClaim) else ""
+    return f"id={claim.id}{shard} attempt={claim.attempt}"
 
 
 def remove_leftovers() -> None:
@@ -45,132 +280,3 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
-
-
-class Stopped(BaseException):
-    """The job must stop now; not an Exception, so that no handler inside the build swallows it."""
-
-
-@dataclass
-class _Watch:
-    """What the heartbeat learns and the build reports, shared between their threads."""
-
-    standing: Standing = Standing.HELD
-    progress: Progress | None = None
-    phase_started: dict[Phase, float] = field(default_factory=dict)
-
-
-def run_next(
-    store: Store,
-    storage: ObjectStorage,
-    build: Build,
-    settings: WorkerSettings,
-    *,
-    worker: str,
-    stop: threading.Event,
-    initialization_id: str | None = None,
-) -> bool:
-    """Claim one job and work on it to its end; False if there was none to claim.
-
-    When ``stop`` is set, the job is handed back at its next sign of progress and another worker takes it.
-    """
-    claim = store.claim(
-        worker, lease=settings.lease, max_attempts=settings.max_attempts, initialization_id=initialization_id
-    )
-    if claim is None:
-        return False
-    log.info("job_claimed id=%s attempt=%d", claim.id, claim.attempt)
-    started = time.monotonic()
-    prefix = initialization_prefix(claim.tenant, claim.id, claim.attempt)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f"{_JOB_PREFIX}{os.getpid()}-") as directory:
-            with _heartbeat(store, claim, settings) as watch:
-                result = _build(claim, storage, build, Path(directory), watch, stop)
-                publish(result, Path(directory), storage, prefix)
-            outcome = "succeeded" if store.succeed(claim, result, prefix) else "superseded"
-        if outcome == "superseded":
-            storage.delete_prefix(prefix)
-    except Stopped:
-        outcome = _settle_stopped(store, claim, watch, stop)
-    except D2LoraError as error:
-        outcome = _settle_failed(store, claim, error, settings)
-    except MemoryError:
-        outcome = _settle_failed(store, claim, OutOfMemory("the worker's memory is used up"), settings)
-    except Exception:
-        # The traceback may show paths and values that are nobody else's business; it stays in the log.
-        log.exception("job_crashed id=%s attempt=%d", claim.id, claim.attempt)
-        outcome = _settle_failed(store, claim, InternalError("an internal error; the worker's log has it"), settings)
-    log.info("job_%s id=%s attempt=%d seconds=%.1f", outcome, claim.id, claim.attempt, time.monotonic() - started)
-    return True
-
-
-def _build(
-    claim: Claim, storage: ObjectStorage, build: Build, directory: Path, watch: _Watch, stop: threading.Event
-) -> Result:
-    def on_progress(phase: Phase, done: int, total: int) -> None:
-        if stop.is_set() or watch.standing is not Standing.HELD:
-            raise Stopped
-        began = watch.phase_started.setdefault(phase, time.monotonic())
-        left = (time.monotonic() - began) / done * (total - done) if done else None
-        watch.progress = Progress(phase=phase, done=done, total=total, seconds_left=left)
-
-    inputs = directory / "inputs"
-    inputs.mkdir()
-    dataset = _fetch(claim.dataset, storage, inputs / "dataset")
-    evaluation = None
-    if claim.eval_dataset is not None:
-        evaluation = _fetch(claim.eval_dataset, storage, inputs / "eval_dataset")
-    result = build(claim.spec, dataset, evaluation, directory, on_progress)
-    on_progress(Phase.PUBLISHING, 0, 1)
-    return result
-
-
-def _fetch(stored: StoredDataset, storage: ObjectStorage, path: Path) -> DatasetFile:
-    storage.get_file(stored.key, path, stored.dataset.sha256)
-    return DatasetFile(path, stored.dataset.format, stored.dataset.columns)
-
-
-@contextmanager
-def _heartbeat(store: Store, claim: Claim, settings: WorkerSettings) -> Iterator[_Watch]:
-    """Renew the lease and store progress while the block runs."""
-    watch = _Watch()
-    done = threading.Event()
-
-    def beat() -> None:
-        renewed = time.monotonic()
-        while not done.wait(min(settings.heartbeat_seconds, settings.lease_seconds / 3)):
-            try:
-                watch.standing = store.renew(claim, lease=settings.lease, progress=watch.progress)
-                renewed = time.monotonic()
-            except Exception:
-                log.exception("heartbeat_failed id=%s attempt=%d", claim.id, claim.attempt)
-                if time.monotonic() - renewed > settings.lease_seconds:
-                    watch.standing = Standing.LOST  # somebody else may hold it by now
-            if watch.standing is Standing.LOST:
-                return
-
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield watch
-    finally:
-        done.set()
-        thread.join()
-
-
-def _settle_stopped(store: Store, claim: Claim, watch: _Watch, stop: threading.Event) -> str:
-    if watch.standing is Standing.LOST:
-        return "lost"
-    if watch.standing is Standing.CANCELLING:
-        return "cancelled" if store.cancelled(claim) else "lost"
-    assert stop.is_set()
-    return "handed_back" if store.hand_back(claim) else "lost"
-
-
-def _settle_failed(store: Store, claim: Claim, error: D2LoraError, settings: WorkerSettings) -> str:
-    problem = error.problem()
-    log.warning("job_error id=%s attempt=%d code=%s", claim.id, claim.attempt, problem.code)
-    if not error.retryable:
-        return "failed" if store.fail(claim, problem) else "lost"
-    settled = store.retry(claim, problem, max_attempts=settings.max_attempts, pause=settings.lease / 3)
-    return "retrying" if settled else "lost"

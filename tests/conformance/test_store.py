@@ -5,9 +5,10 @@ from datetime import timedelta
 
 import pytest
 
+from d2lora.claims import Standing
 from d2lora.errors import Conflict, IdempotencyMismatch, NotFound, NumericalFailure, RequestInvalid
 from d2lora.initializations import HeldOut, InitializationSpec, Phase, Progress, Result, ResultSummary, State
-from d2lora.store import Standing, Store
+from d2lora.store import Store
 from d2lora.tables import Table
 from tests.conformance.conftest import add_dataset
 
@@ -33,7 +34,7 @@ RESULT = Result(
 
 
 def claim(store, *, lease=LEASE, max_attempts=3, worker="w"):
-    return store.claim(worker, lease=lease, max_attempts=max_attempts)
+    return store.leases.claim(worker, lease=lease, max_attempts=max_attempts)
 
 
 def state_of(store, job):
@@ -83,10 +84,10 @@ def test_a_job_can_be_claimed_by_its_id(store, spec):
     store.create("acme", spec)
     second, _ = store.create("acme", spec)
 
-    held = store.claim("w", lease=LEASE, max_attempts=3, initialization_id=second.id)
+    held = store.leases.claim("w", lease=LEASE, max_attempts=3, initialization_id=second.id)
 
     assert held.id == second.id
-    assert store.claim("w", lease=LEASE, max_attempts=3, initialization_id=second.id) is None
+    assert store.leases.claim("w", lease=LEASE, max_attempts=3, initialization_id=second.id) is None
 
 
 def test_racing_workers_claim_each_job_once(database, store, spec):
@@ -128,12 +129,12 @@ def test_an_attempt_that_was_given_up_on_changes_nothing(store, spec, verb):
     before = store.get("acme", job.id)
 
     outcome = {
-        "renew": lambda: store.renew(old, lease=LEASE, progress=Progress(phase=Phase.FACTORS, done=1, total=2)),
-        "succeed": lambda: store.succeed(old, RESULT, "prefix"),
-        "fail": lambda: store.fail(old, PROBLEM),
-        "cancelled": lambda: store.cancelled(old),
-        "hand_back": lambda: store.hand_back(old),
-        "retry": lambda: store.retry(old, PROBLEM, max_attempts=3, pause=LEASE),
+        "renew": lambda: store.leases.renew(old, lease=LEASE, progress=Progress(phase=Phase.FACTORS, done=1, total=2)),
+        "succeed": lambda: store.leases.succeed(old, RESULT, "prefix"),
+        "fail": lambda: store.leases.fail(old, PROBLEM),
+        "cancelled": lambda: store.leases.cancelled(old),
+        "hand_back": lambda: store.leases.hand_back(old),
+        "retry": lambda: store.leases.retry(old, PROBLEM, max_attempts=3, pause=LEASE),
     }[verb]()
 
     assert outcome in {False, Standing.LOST}
@@ -145,7 +146,7 @@ def test_a_renewed_lease_holds_and_shows_progress(store, spec):
     held = claim(store, lease=timedelta(seconds=0.3))
     progress = Progress(phase=Phase.STATISTICS, done=3, total=10, seconds_left=1.5)
 
-    standing = store.renew(held, lease=LEASE, progress=progress)
+    standing = store.leases.renew(held, lease=LEASE, progress=progress)
     time.sleep(0.4)
 
     assert standing is Standing.HELD
@@ -157,14 +158,14 @@ def test_success_leaves_a_result_and_nothing_else_can_follow(store, spec):
     job, _ = store.create("acme", spec)
     held = claim(store)
 
-    assert store.succeed(held, RESULT, "prefix/")
+    assert store.leases.succeed(held, RESULT, "prefix/")
 
     job = store.get("acme", job.id)
     assert (job.state, job.result, job.progress) == (State.SUCCEEDED, RESULT, None)
     assert job.succeeded_at is not None
     assert store.files_prefix("acme", job.id) == "prefix/"
-    assert not store.succeed(held, RESULT, "other/")
-    assert not store.fail(held, PROBLEM)
+    assert not store.leases.succeed(held, RESULT, "other/")
+    assert not store.leases.fail(held, PROBLEM)
     assert claim(store) is None
     assert types_of(store, job) == ["queued", "running", "succeeded"]
 
@@ -172,7 +173,7 @@ def test_success_leaves_a_result_and_nothing_else_can_follow(store, spec):
 def test_failure_leaves_its_problem(store, spec):
     job, _ = store.create("acme", spec)
 
-    assert store.fail(claim(store), PROBLEM)
+    assert store.leases.fail(claim(store), PROBLEM)
 
     job = store.get("acme", job.id)
     assert (job.state, job.error) == (State.FAILED, PROBLEM)
@@ -196,17 +197,17 @@ def test_work_that_is_handed_back_is_free_at_once_and_no_failure(store, spec):
     for attempt in range(1, 6):
         held = claim(store, max_attempts=2)
         assert held.attempt == attempt
-        assert store.hand_back(held)
+        assert store.leases.hand_back(held)
 
 
 def test_a_retry_waits_and_is_bounded(store, spec):
     job, _ = store.create("acme", spec)
 
-    assert store.retry(claim(store), PROBLEM, max_attempts=2, pause=timedelta(seconds=0.3))
+    assert store.leases.retry(claim(store), PROBLEM, max_attempts=2, pause=timedelta(seconds=0.3))
     assert state_of(store, job) is State.QUEUED
     assert claim(store) is None
     time.sleep(0.4)
-    assert store.retry(claim(store), PROBLEM, max_attempts=2, pause=LEASE)
+    assert store.leases.retry(claim(store), PROBLEM, max_attempts=2, pause=LEASE)
 
     assert (state_of(store, job), store.get("acme", job.id).error) == (State.FAILED, PROBLEM)
 
@@ -224,8 +225,8 @@ def test_a_running_job_is_asked_to_stop_and_then_is_cancelled(store, spec):
     held = claim(store)
 
     assert store.cancel("acme", job.id).state is State.CANCELLING
-    assert store.renew(held, lease=LEASE, progress=None) is Standing.CANCELLING
-    assert store.cancelled(held)
+    assert store.leases.renew(held, lease=LEASE, progress=None) is Standing.CANCELLING
+    assert store.leases.cancelled(held)
 
     assert types_of(store, job) == ["queued", "running", "cancelling", "cancelled"]
 
@@ -235,7 +236,7 @@ def test_a_result_that_comes_after_the_wish_to_cancel_is_dropped(store, spec):
     held = claim(store)
     store.cancel("acme", job.id)
 
-    assert not store.succeed(held, RESULT, "prefix/")
+    assert not store.leases.succeed(held, RESULT, "prefix/")
 
     assert (state_of(store, job), store.get("acme", job.id).result) == (State.CANCELLED, None)
 
@@ -249,7 +250,9 @@ def test_a_cancelling_job_whose_worker_died_is_cancelled_by_the_next_claim(store
     assert state_of(store, job) is State.CANCELLED
 
 
-@pytest.mark.parametrize("settle", [lambda s, c: s.succeed(c, RESULT, "p"), lambda s, c: s.fail(c, PROBLEM)])
+@pytest.mark.parametrize(
+    "settle", [lambda s, c: s.leases.succeed(c, RESULT, "p"), lambda s, c: s.leases.fail(c, PROBLEM)]
+)
 def test_a_job_that_has_ended_cannot_be_cancelled(store, spec, settle):
     job, _ = store.create("acme", spec)
     settle(store, claim(store))
@@ -352,7 +355,7 @@ def test_a_cursor_of_somebody_elses_making_is_refused(store):
 
 def test_events_are_numbered_and_can_be_continued(store, spec):
     job, _ = store.create("acme", spec)
-    store.fail(claim(store), PROBLEM)
+    store.leases.fail(claim(store), PROBLEM)
 
     events = store.events("acme", job.id)
 
@@ -368,9 +371,9 @@ def test_a_transaction_that_breaks_leaves_no_trace(store, spec, monkeypatch):
     def broken(*_arguments):
         raise RuntimeError
 
-    monkeypatch.setattr("d2lora.store._add_event", broken)
+    monkeypatch.setattr("d2lora.transitions.add_event", broken)
     with pytest.raises(RuntimeError):
-        store.succeed(held, RESULT, "prefix/")
+        store.leases.succeed(held, RESULT, "prefix/")
     monkeypatch.undo()
 
     assert state_of(store, job) is State.RUNNING

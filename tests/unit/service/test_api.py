@@ -35,7 +35,7 @@ def succeeded(app, client, upload, tmp_path):
     from datetime import timedelta
 
     job = client.post("/v1/initializations", json=request_for(upload().json()["id"])).json()
-    claim = app.state.store.claim("w", lease=timedelta(seconds=60), max_attempts=3)
+    claim = app.state.store.leases.claim("w", lease=timedelta(seconds=60), max_attempts=3)
     path = tmp_path / "adapter_config.json"
     path.write_bytes(b"{}")
     file = ResultFile(name=path.name, size=2, sha256=hashlib.sha256(b"{}").hexdigest())
@@ -54,7 +54,7 @@ def succeeded(app, client, upload, tmp_path):
     )
     prefix = f"t/acme/initializations/{job['id']}/1/"
     app.state.storage.put_file(prefix + file.name, path, file.sha256)
-    assert app.state.store.succeed(claim, Result(files=[file], summary=summary), prefix)
+    assert app.state.store.leases.succeed(claim, Result(files=[file], summary=summary), prefix)
     return job["id"]
 
 

@@ -2,6 +2,8 @@ import hashlib
 import json
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -13,7 +15,7 @@ from d2lora.initializations import InitializationSpec, Phase, Result, ResultFile
 from d2lora.settings import DatabaseSettings, WorkerSettings
 from d2lora.storage import LocalStorage, dataset_key
 from d2lora.store import Store
-from worker.runner import remove_leftovers, run_next
+from worker.runner import Runner, remove_leftovers
 
 SETTINGS = WorkerSettings(lease_seconds=5, heartbeat_seconds=0.02, max_attempts=2)
 ROWS = b'{"text": "hello"}\n'
@@ -103,8 +105,22 @@ def waiting_build(ready):
     return build
 
 
+def never(*_):
+    raise AssertionError("this is not expected to be called")
+
+
+@dataclass
+class FakeWork:
+    """Does every kind of unit by a function."""
+
+    initialize: Callable = never
+    run_shard: Callable = never
+    finish: Callable = never
+
+
 def run(store, storage, build, *, settings=SETTINGS, stop=None):
-    return run_next(store, storage, build, settings, worker="w", stop=stop or threading.Event())
+    runner = Runner(store.leases, storage, FakeWork(build), settings, worker="w", stop=stop or threading.Event())
+    return runner.run_next()
 
 
 def stored_files(storage):
@@ -221,12 +237,14 @@ def test_a_worker_whose_lease_was_lost_publishes_nothing(store, storage, job):
         # Another worker's claim, as the database would allow it once the lease is over.
         with store._engine.begin() as connection:
             connection.exec_driver_sql("UPDATE initializations SET lease_until = '2000-01-01 00:00:00.000000'")
-        other = store.claim("other", lease=timedelta(seconds=60), max_attempts=9)
+        other = store.leases.claim("other", lease=timedelta(seconds=60), max_attempts=9)
         publish_as(other)
         return write_result(out)
 
     def publish_as(claim):
-        assert store.succeed(claim, Result(files=[], summary=write_summary()), f"t/acme/initializations/{claim.id}/2/")
+        assert store.leases.succeed(
+            claim, Result(files=[], summary=write_summary()), f"t/acme/initializations/{claim.id}/2/"
+        )
 
     def write_summary():
         return ResultSummary(

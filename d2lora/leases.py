@@ -1,0 +1,365 @@
+"""What workers do with the queue of record: claim a job or a shard, keep it, and settle it.
+
+Every public verb is one transaction. Verbs on a claim say whether it still counted.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import Engine, Select, delete, func, select
+from sqlalchemy.orm import Session
+
+from d2lora.claims import Claim, Outcome, Plan, ShardClaim, Stage, Standing, StoredFile, claim_of, shard_claim_of
+from d2lora.database import now, reading, writing
+from d2lora.errors import Problem, WorkerLost
+from d2lora.initializations import Progress, Result, State
+from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
+from d2lora.tables import InitializationRow, ShardRow
+from d2lora.transitions import add_event, free_job, free_shard, lock, move, wake
+
+
+class Leases:
+    """The verbs of workers."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    # Claiming
+
+    def claim(
+        self,
+        worker: str,
+        *,
+        lease: timedelta,
+        max_attempts: int,
+        queues: Sequence[str] = (),
+        initialization_id: str | None = None,
+    ) -> Claim | ShardClaim | None:
+        """Take a free shard, else the oldest free job, of these queues (any if empty); None if there is none.
+
+        On the way, jobs end that nobody will finish. A lease that ends without a word is a failure; ``max_attempts``
+        of them, of one job or one shard, fail the job as ``worker_lost``.
+        """
+        return self.claim_shard(
+            worker, lease=lease, max_attempts=max_attempts, queues=queues, initialization_id=initialization_id
+        ) or self._claim_job(worker, lease, max_attempts, queues, initialization_id)
+
+    def claim_shard(
+        self,
+        worker: str,
+        *,
+        lease: timedelta,
+        max_attempts: int,
+        queues: Sequence[str] = (),
+        initialization_id: str | None = None,
+    ) -> ShardClaim | None:
+        """Take a free shard, of the oldest job that has one; see `claim`."""
+        while True:
+            with writing(self._engine) as session:
+                candidates = select(InitializationRow.id).join(ShardRow).where(free_shard(now(session)))
+                candidates = _among(candidates, queues, initialization_id)
+                job_id = session.scalar(
+                    candidates.order_by(InitializationRow.created_at, InitializationRow.id).limit(1)
+                )
+                if job_id is None:
+                    return None
+                job = lock(session, job_id)
+                moment = now(session)
+                free = select(ShardRow).join(InitializationRow).where(ShardRow.initialization_id == job_id)
+                shard = session.scalar(
+                    free.where(free_shard(moment)).order_by(ShardRow.number).limit(1).with_for_update(of=ShardRow)
+                )
+                if shard is None:
+                    continue  # others took them while this one waited for the lock
+                shard.failures += shard.worker is not None
+                if shard.failures >= max_attempts:
+                    _give_up(session, job, shard.failures)
+                    continue
+                shard.attempt += 1
+                shard.worker, shard.lease_until, shard.rows_done = worker, moment + lease, 0
+                return shard_claim_of(job, shard)
+
+    def _claim_job(
+        self,
+        worker: str,
+        lease: timedelta,
+        max_attempts: int,
+        queues: Sequence[str],
+        initialization_id: str | None,
+    ) -> Claim | None:
+        while True:
+            with writing(self._engine) as session:
+                moment = now(session)
+                query = _among(select(InitializationRow).where(free_job(moment)), queues, initialization_id)
+                query = query.order_by(InitializationRow.created_at, InitializationRow.id).limit(1)
+                # Whoever may take any job skips one that somebody else is just taking; whoever was told of this one
+                # waits, since nobody will tell again. SQLite has one writer and needs neither.
+                row = session.scalar(query.with_for_update(skip_locked=initialization_id is None))
+                if row is None:
+                    return None
+                if row.state == State.CANCELLING:
+                    move(session, row, State.CANCELLED)
+                    continue
+                row.failures += row.worker is not None
+                if row.failures >= max_attempts:
+                    _give_up(session, row, row.failures)
+                    continue
+                row.attempt += 1
+                row.worker, row.lease_until, row.progress = worker, moment + lease, None
+                move(session, row, State.RUNNING)
+                return claim_of(session, row)
+
+    # Keeping
+
+    def renew(self, claim: Claim | ShardClaim, *, lease: timedelta, progress: Progress | None = None) -> Standing:
+        """Extend a claim's lease, store how far it is, and return what the worker should do."""
+        with writing(self._engine) as session:
+            if isinstance(claim, ShardClaim):
+                shard = _held_shard(session, claim)
+                if shard is None:
+                    return Standing.LOST
+                shard.lease_until = now(session) + lease
+                shard.rows_done = shard.rows_done if progress is None else progress.done
+                return Standing.HELD
+            row = _held(session, claim)
+            if row is None:
+                return Standing.LOST
+            row.lease_until = now(session) + lease
+            if progress is not None:
+                row.progress = progress.model_dump(mode="json")
+            return Standing.CANCELLING if row.state == State.CANCELLING else Standing.HELD
+
+    def standing(self, claim: Claim | ShardClaim) -> Standing:
+        """Return what the worker should do, without renewing anything."""
+        with reading(self._engine) as session:
+            job = session.get(InitializationRow, claim.id)
+            if isinstance(claim, ShardClaim):
+                shard = session.get(ShardRow, (claim.id, claim.number))
+                return Standing.HELD if _is_shard_held(job, shard, claim) else Standing.LOST
+            if not _is_held(job, claim):
+                return Standing.LOST
+            assert job is not None
+            return Standing.CANCELLING if job.state == State.CANCELLING else Standing.HELD
+
+    # Settling
+
+    def succeed(self, claim: Claim, result: Result, prefix: str) -> bool:
+        """Settle a job with its result; False if the claim is lost, or the job was to be cancelled and now is."""
+        with writing(self._engine) as session:
+            row = _held(session, claim)
+            if row is None:
+                return False
+            if row.state == State.CANCELLING:
+                move(session, row, State.CANCELLED)
+                return False
+            row.result, row.prefix = result.model_dump(mode="json"), prefix
+            move(session, row, State.SUCCEEDED)
+            return True
+
+    def fail(self, claim: Claim | ShardClaim, problem: Problem) -> bool:
+        """Settle a job with an error, its own or a shard's; False if the claim is lost."""
+        with writing(self._engine) as session:
+            row = _job_held_by(session, claim)
+            if row is None:
+                return False
+            if row.state == State.CANCELLING:
+                move(session, row, State.CANCELLED)
+                return True
+            row.error = problem.model_dump(mode="json")
+            move(session, row, State.FAILED)
+            return True
+
+    def cancelled(self, claim: Claim) -> bool:
+        """Settle a job that was asked to stop and has; False if the claim is lost."""
+        with writing(self._engine) as session:
+            row = _held(session, claim)
+            if row is None or row.state != State.CANCELLING:
+                return False
+            move(session, row, State.CANCELLED)
+            return True
+
+    def hand_back(self, claim: Claim | ShardClaim, *, pause: timedelta = timedelta(0)) -> bool:
+        """Free what a worker stops working on for a reason of its own; this is no failure."""
+        with writing(self._engine) as session:
+            row = _job_held_by(session, claim)
+            if row is not None:
+                _free(session, row, claim, pause)
+            return row is not None
+
+    def retry(self, claim: Claim | ShardClaim, problem: Problem, *, max_attempts: int, pause: timedelta) -> bool:
+        """Free a job or a shard again after ``pause``, or fail with ``problem`` when its attempts are used up."""
+        with writing(self._engine) as session:
+            row = _job_held_by(session, claim)
+            if row is None:
+                return False
+            unit = _shard(session, claim) if isinstance(claim, ShardClaim) else row
+            unit.failures += 1
+            if unit.failures >= max_attempts and row.state != State.CANCELLING:
+                row.error = problem.model_dump(mode="json")
+                move(session, row, State.FAILED)
+            else:
+                _free(session, row, claim, pause)
+            return True
+
+    # Shards
+
+    def split(self, claim: Claim, plan: Plan, shards: Sequence[tuple[StatisticsTask, StoredFile]]) -> bool:
+        """Cut a job into shards, which any worker may take from now on; False if the claim is lost."""
+        with writing(self._engine) as session:
+            row = _held(session, claim)
+            if row is None:
+                return False
+            if row.state == State.CANCELLING:
+                move(session, row, State.CANCELLED)
+                return False
+            row.stage, row.plan = Stage.SHARDS, plan.model_dump(mode="json")
+            row.worker = row.lease_until = row.progress = None
+            _add_shards(session, row, [(task, [file]) for task, file in shards])
+            add_event(session, row, "split", {"attempt": row.attempt, "shards": len(shards)})
+            wake(session, row, count=len(shards))
+            return True
+
+    def finish_shard(self, claim: ShardClaim, outcome: Outcome) -> bool:
+        """Settle a shard; the last one makes its job free for the build. False if the claim is lost."""
+        with writing(self._engine) as session:
+            row = _job_held_by(session, claim)
+            if row is None:
+                return False
+            shard = _shard(session, claim)
+            shard.outcome = outcome.model_dump(mode="json")
+            shard.worker = shard.lease_until = None
+            if isinstance(claim.task, StatisticsTask):
+                shard.rows_done = claim.task.rows
+                session.flush()
+                left = select(func.count()).select_from(ShardRow).where(ShardRow.initialization_id == row.id)
+                if session.scalar(left.where(ShardRow.outcome.is_(None))) == 0:
+                    row.stage, row.lease_until = Stage.BUILD, now(session)
+                    add_event(session, row, "gathered", {"attempt": row.attempt})
+                    wake(session, row)
+            return True
+
+    def share(self, claim: Claim, tasks: Sequence[tuple[EvaluationTask, list[StoredFile]]]) -> list[int] | None:
+        """Let any worker take parts of a build; returns their numbers, or None if the claim is lost."""
+        with writing(self._engine) as session:
+            row = _held(session, claim)
+            if row is None:
+                return None
+            numbers = _add_shards(session, row, tasks)
+            wake(session, row, count=len(tasks) - 1)  # the builder itself takes one without being told
+            return numbers
+
+    def outcomes(self, claim: Claim, numbers: Sequence[int]) -> list[Outcome | None]:
+        """Return what the shards of these numbers left behind; None where one is not done."""
+        with reading(self._engine) as session:
+            rows = session.scalars(
+                select(ShardRow).where(ShardRow.initialization_id == claim.id, ShardRow.number.in_(numbers))
+            )
+            by_number = {row.number: Outcome.model_validate(row.outcome) for row in rows if row.outcome is not None}
+            return [by_number.get(number) for number in numbers]
+
+    def restart(self, claim: Claim | ShardClaim) -> bool:
+        """Let a job begin anew from its rows, because its shards are of no use to this version."""
+        with writing(self._engine) as session:
+            row = _job_held_by(session, claim)
+            if row is None:
+                return False
+            if row.state == State.CANCELLING:
+                move(session, row, State.CANCELLED)
+                return True
+            session.execute(delete(ShardRow).where(ShardRow.initialization_id == row.id))
+            row.stage, row.plan = Stage.WHOLE, None
+            move(session, row, State.QUEUED)
+            wake(session, row)
+            return True
+
+
+def _among(query: Select[Any], queues: Sequence[str], initialization_id: str | None) -> Select[Any]:
+    """Narrow a query over jobs to some queues, or to one job."""
+    if queues:
+        query = query.where(InitializationRow.queue.in_(queues))
+    return query if initialization_id is None else query.where(InitializationRow.id == initialization_id)
+
+
+def _give_up(session: Session, row: InitializationRow, failures: int) -> None:
+    error = WorkerLost(f"the worker died {failures} times on this job; it was given up")
+    row.error = error.problem().model_dump(mode="json")
+    move(session, row, State.FAILED)
+
+
+def _held(session: Session, claim: Claim) -> InitializationRow | None:
+    """Return the claimed job, locked, unless a later attempt, a split or an end has taken it."""
+    row = session.get(InitializationRow, claim.id, with_for_update=True)
+    return row if _is_held(row, claim) else None
+
+
+def _is_held(row: InitializationRow | None, claim: Claim) -> bool:
+    return (
+        row is not None
+        and row.state in {State.RUNNING, State.CANCELLING}
+        and row.attempt == claim.attempt
+        and row.worker is not None
+    )
+
+
+def _held_shard(session: Session, claim: ShardClaim) -> ShardRow | None:
+    """Return the claimed shard, locked, unless a later attempt or its job's end has taken it."""
+    job = session.get(InitializationRow, claim.id)
+    shard = session.get(ShardRow, (claim.id, claim.number), with_for_update=True)
+    return shard if _is_shard_held(job, shard, claim) else None
+
+
+def _is_shard_held(job: InitializationRow | None, shard: ShardRow | None, claim: ShardClaim) -> bool:
+    if job is None or shard is None or job.state != State.RUNNING:
+        return False
+    useful = shard.kind == "statistics" or shard.made_by == job.attempt
+    return useful and shard.attempt == claim.attempt and shard.worker is not None
+
+
+def _job_held_by(session: Session, claim: Claim | ShardClaim) -> InitializationRow | None:
+    """Return the job, locked, if this claim of it or of its shard still counts."""
+    if isinstance(claim, Claim):
+        return _held(session, claim)
+    row = lock(session, claim.id)
+    return row if _held_shard(session, claim) is not None else None
+
+
+def _shard(session: Session, claim: ShardClaim) -> ShardRow:
+    return session.get_one(ShardRow, (claim.id, claim.number))
+
+
+def _free(session: Session, row: InitializationRow, claim: Claim | ShardClaim, pause: timedelta) -> None:
+    """Give a job or a shard up, to be taken again after ``pause``; a job that should stop ends instead."""
+    free_at = now(session) + pause
+    if isinstance(claim, ShardClaim):
+        shard = _shard(session, claim)
+        shard.worker, shard.rows_done, shard.lease_until = None, 0, free_at
+    elif row.state == State.CANCELLING:
+        move(session, row, State.CANCELLED)
+        return
+    else:
+        move(session, row, State.QUEUED)
+        row.lease_until = free_at
+    wake(session, row, due_at=free_at)
+
+
+def _add_shards(
+    session: Session, row: InitializationRow, tasks: Sequence[tuple[ShardTask, list[StoredFile]]]
+) -> list[int]:
+    last = session.scalar(select(func.max(ShardRow.number)).where(ShardRow.initialization_id == row.id))
+    first = 0 if last is None else last + 1
+    for number, (task, files) in enumerate(tasks, start=first):
+        session.add(
+            ShardRow(
+                initialization_id=row.id,
+                number=number,
+                kind=task.type,
+                made_by=row.attempt,
+                task=task.model_dump(mode="json"),
+                inputs=[file.model_dump(mode="json") for file in files],
+                rows_done=0,
+                attempt=0,
+                failures=0,
+            )
+        )
+    return list(range(first, first + len(tasks)))

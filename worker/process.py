@@ -1,0 +1,90 @@
+"""What a worker process keeps between units, however it is woken: connections, settings, and loaded models."""
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from d2lora.datasets import DatasetFile
+from d2lora.errors import InternalError
+from d2lora.initializations import InitializationSpec, Phase, Result
+from d2lora.settings import DatabaseSettings, StorageSettings, WorkerSettings
+from d2lora.shards import ShardTask
+from d2lora.storage import open_storage
+from d2lora.store import Store
+from worker.runner import Runner, remove_leftovers
+from worker.units import OnProgress, ShardFiles, ShardOutput, Share, Split
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RealWork:
+    """`worker.units.Work` by `worker.initialization`, which imports torch when the first unit needs it."""
+
+    settings: WorkerSettings
+    may_split: bool
+
+    def initialize(
+        self,
+        spec: InitializationSpec,
+        dataset: DatasetFile,
+        eval_dataset: DatasetFile | None,
+        out: Path,
+        on_progress: OnProgress,
+    ) -> Result | Split:
+        """See `worker.units.Work`."""
+        on_progress(Phase.LOADING, 0, 1)
+        from worker.initialization import initialize  # noqa: PLC0415  # seconds of imports
+
+        return initialize(
+            spec,
+            dataset,
+            eval_dataset,
+            out=out,
+            settings=self.settings,
+            on_progress=on_progress,
+        )
+
+    def run_shard(
+        self, spec: InitializationSpec, task: ShardTask, directory: Path, on_progress: OnProgress
+    ) -> ShardOutput:
+        """See `worker.units.Work`."""
+        raise InternalError("jobs are not cut into shards yet")
+
+    def finish(
+        self,
+        spec: InitializationSpec,
+        plan: Path,
+        shards: Sequence[ShardFiles],
+        eval_dataset: DatasetFile | None,
+        out: Path,
+        share: Share,
+        on_progress: OnProgress,
+    ) -> Result:
+        """See `worker.units.Work`."""
+        raise InternalError("jobs are not cut into shards yet")
+
+    def warm_up(self) -> None:
+        """Do what takes seconds before the first unit needs it."""
+        import worker.initialization  # noqa: F401, PLC0415  # seconds of imports
+
+
+@contextmanager
+def open_runner(*, stop: threading.Event) -> Iterator[Runner]:
+    """Give a runner as the environment describes it."""
+    settings = WorkerSettings()
+    remove_leftovers()
+    with Store(DatabaseSettings()) as store:
+        yield Runner(
+            store.leases,
+            open_storage(StorageSettings()),
+            RealWork(settings, may_split=True),
+            settings,
+            worker=f"{socket.gethostname()}:{os.getpid()}",
+            stop=stop,
+        )

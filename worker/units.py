@@ -1,0 +1,83 @@
+"""The seam between the runner, which knows store and storage, and the mathematics, which knows files in directories.
+
+Torch-free, so that the runner is.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from d2lora.datasets import DatasetFile
+from d2lora.initializations import InitializationSpec, Phase, Result
+from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
+
+OnProgress = Callable[[Phase, int, int], None]
+"""Told (phase, done, total) at least once per batch; may raise, which stops the unit."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A job that is to be cut: the plan for its builder, and the rows of every shard."""
+
+    plan: Path
+    shards: list[tuple[StatisticsTask, Path]]
+
+
+@dataclass(frozen=True)
+class ShardOutput:
+    """What a shard leaves behind: files of sums, or scores that JSON can carry."""
+
+    files: list[Path]
+    scores: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """A finished shard's input and the files that came out of it, as its builder sees them."""
+
+    rows: Path
+    sums: list[Path]
+
+
+@runtime_checkable
+class Share(Protocol):
+    """Lets any worker take part in a calibration."""
+
+    def __call__(self, files: Mapping[str, Path], tasks: Sequence[EvaluationTask]) -> list[dict[str, Any]]:
+        """Return the scores of the tasks, in their order; ``files`` are what they need, by the names they use.
+
+        The same names come again for the next step size and are not stored twice.
+        """
+
+
+@runtime_checkable
+class Work(Protocol):
+    """What a worker can do with files; `worker.initialization` does it."""
+
+    def initialize(
+        self,
+        spec: InitializationSpec,
+        dataset: DatasetFile,
+        eval_dataset: DatasetFile | None,
+        out: Path,
+        on_progress: OnProgress,
+    ) -> Result | Split:
+        """Write the adapter's files into a directory, or the shards' if the job is large."""
+
+    def run_shard(
+        self, spec: InitializationSpec, task: ShardTask, directory: Path, on_progress: OnProgress
+    ) -> ShardOutput:
+        """Do one shard, whose input files are in the directory."""
+
+    def finish(
+        self,
+        spec: InitializationSpec,
+        plan: Path,
+        shards: Sequence[ShardFiles],
+        eval_dataset: DatasetFile | None,
+        out: Path,
+        share: Share,
+        on_progress: OnProgress,
+    ) -> Result:
+        """Write the adapter's files into a directory, from the shards' sums."""
