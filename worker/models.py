@@ -49,6 +49,11 @@ class BaseModel:
         return _device_of(self.model.get_input_embeddings())
 
     @property
+    def parameter_bytes(self) -> int:
+        """Memory that the parameters take."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+
+    @property
     def vocabulary(self) -> int:
         """Number of logits."""
         return int(self.model.config.get_text_config().vocab_size)
@@ -137,6 +142,20 @@ def load(
     )
     verify_head(loaded)
     return loaded
+
+
+def commit_of(hub_id: str, revision: str | None) -> str | None:
+    """Return the commit that a revision of a hub model stands for now; None if the hub does not say.
+
+    Raises:
+        ModelNotFound: no such hub ID or revision, or the hub is out of reach and this machine has no copy.
+        ModelUnsupported: no model that transformers knows.
+    """
+    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    with _translated_errors(hub_id):
+        config = AutoConfig.from_pretrained(hub_id, revision=revision, trust_remote_code=False)
+    return getattr(config, "_commit_hash", None)
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -142,6 +142,7 @@ def activation_checkpointing(base: BaseModel, *, enabled: bool) -> Iterator[None
         yield
     finally:
         base.model.activation_checkpointing_disable()
+        base.model.disable_input_require_grads()  # which switching on has put on the embeddings
         base.model.eval()
 
 
