@@ -6,6 +6,7 @@ Shape legend
     R  rows    J  objectives
 """
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,15 +15,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from d2lora.errors import NumericalFailure
-from d2lora.initializations import HeldOut, Objective, Sft
+from d2lora.initializations import HeldOut, Objective, Phase, Sft
 from worker.combining import Mixture
 from worker.data import Batch
 from worker.factors import Direction, adapted, calibrated_step
 from worker.models import BaseModel
 from worker.objectives import Scores, needs_prompt, row_losses
+from worker.progress import PhaseCounter
 from worker.statistics import score
+from worker.units import OnProgress
 
 EVALUATIONS = 5
+CALIBRATION_ROWS = 256
+"""Rows scored at every step of the line search; a seeded part of larger datasets."""
 
 
 @dataclass(frozen=True)
@@ -60,39 +65,114 @@ class Calibration:
     reason: str
 
 
+Held = Sequence[Sequence[tuple[Batch, Scores]]]
+"""Of every fold, the batches that are scored, with their rows' scores under the base model."""
+StepScores = Callable[[float], Scores]
+"""Returns the scores of all held-out rows after a step of size eta; NumericalFailure if some are not finite."""
+Evaluator = Callable[[Sequence[Direction], Held], StepScores]
+"""Takes the directions and the rows to score under them; ``directions[f]`` was made without the rows of fold f."""
+
+
+def calibration_batches(sizes: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
+    """Return which batches of every fold are scored, in an order that does not follow length, until rows are enough.
+
+    ``sizes`` are the rows of every fold's batches.
+    """
+    chosen = []
+    for own in sizes:
+        order = random.Random(seed).sample(range(len(own)), len(own))  # noqa: S311  # a choice of rows, no secret
+        fold, rows = [], 0
+        for index in order:
+            if rows * len(sizes) >= CALIBRATION_ROWS:
+                break
+            fold.append(index)
+            rows += own[index]
+        chosen.append(fold)
+    return chosen
+
+
+def batch_counter(folds: Held, on_progress: OnProgress) -> PhaseCounter:
+    """Return what counts the batches that calibration scores, over all step sizes."""
+    return PhaseCounter(Phase.CALIBRATION, EVALUATIONS * sum(map(len, folds)), on_progress)
+
+
+def alone(
+    base: BaseModel, targets: Mapping[str, nn.Module], objectives: Sequence[Objective], on_progress: OnProgress
+) -> Evaluator:
+    """Return the evaluator that runs all forward passes in this process."""
+
+    def evaluator(directions: Sequence[Direction], folds: Held) -> StepScores:
+        count = batch_counter(folds, on_progress)
+
+        def step_scores(eta: float) -> Scores:
+            return Scores.concatenate(
+                [
+                    score_step(
+                        base,
+                        targets,
+                        direction,
+                        eta,
+                        [batch for batch, _ in fold],
+                        with_prompt=needs_prompt(objectives),
+                        on_batch=count,
+                    )
+                    for direction, fold in zip(directions, folds, strict=True)
+                ]
+            )
+
+        return step_scores
+
+    return evaluator
+
+
 def calibrate(
-    base: BaseModel,
-    targets: Mapping[str, nn.Module],
     objectives: Sequence[Objective],
     mixture: Mixture,
     directions: Sequence[Direction],
-    folds: Sequence[Sequence[tuple[Batch, Scores]]],
-    *,
-    on_batch: Callable[[], None],
+    folds: Held,
+    evaluator: Evaluator,
 ) -> Calibration:
     """Return the step size for these directions; ``directions[f]`` was made without the rows of ``folds[f]``.
 
-    ``folds`` hold batches with their scores under the base model. Nothing but forward passes is run.
+    The evaluator decides who runs the forward passes; nothing else is run.
     """
     reference = Scores.concatenate([scores for fold in folds for _, scores in fold])
     scales = mixture.scales
+    step_scores = evaluator(directions, folds)
 
     def evaluate(eta: float) -> Trial:
-        stepped = []
         try:
-            for direction, fold in zip(directions, folds, strict=True):
-                factors = calibrated_step(direction, eta=eta, scaling=1.0)
-                with adapted(targets, factors, scaling=1.0):
-                    for batch, _ in fold:
-                        stepped.append(score(base, batch, with_prompt=needs_prompt(objectives)))
-                        on_batch()
+            stepped = step_scores(eta)
         except NumericalFailure:  # the base model's own numbers are finite, so the step is too long
             return failed_trial(eta, objectives)
-        return trial(eta, objectives, scales, reference, Scores.concatenate(stepped))
+        return trial(eta, objectives, scales, reference, stepped)
 
     losses = [row_losses(objective, reference, reference).mean().item() for objective in objectives]
     energy = sum(layer.kept for direction in directions for layer in direction.values()) / len(directions)
     return line_search(evaluate, first_step(losses, scales, energy), evaluations=EVALUATIONS)
+
+
+def score_step(
+    base: BaseModel,
+    targets: Mapping[str, nn.Module],
+    direction: Direction,
+    eta: float,
+    batches: Sequence[Batch],
+    *,
+    with_prompt: bool,
+    on_batch: Callable[[], None],
+) -> Scores:
+    """Return the scores of the batches' rows after a step of size eta along the direction.
+
+    Raises:
+        NumericalFailure: a log-probability is not finite.
+    """
+    scores = []
+    with adapted(targets, calibrated_step(direction, eta=eta, scaling=1.0), scaling=1.0):
+        for batch in batches:
+            scores.append(score(base, batch, with_prompt=with_prompt))
+            on_batch()
+    return Scores.concatenate(scores)
 
 
 def held_out(objectives: Sequence[Objective], base: Scores, accepted: Trial | None) -> dict[str, HeldOut]:

@@ -1,43 +1,46 @@
-"""One initialization from files to files: load, read, build, evaluate, write."""
+"""One initialization from files to files: load, read, build, evaluate, write.
+
+`initialize` does all of it. A large job may be cut instead: then `run_shard` works on the pieces, and `finish` builds
+the adapter from what they left.
+"""
 
 import errno
-import hashlib
-import json
-import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from typing import assert_never
 
+from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import nn
 
 from d2lora.datasets import DatasetFile, read_rows
-from d2lora.errors import OutOfMemory, StorageFull
-from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase, Result, ResultSummary, Sft
+from d2lora.errors import ChecksumMismatch, OutOfMemory, StorageFull
+from d2lora.initializations import InitializationSpec, Phase, Result
 from d2lora.settings import WorkerSettings
+from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
+from worker import models
 from worker.adapters import write_adapter
-from worker.data import Encoded, Example, encode_rows, make_batches
-from worker.factors import adapted
-from worker.models import BaseModel, load, weight_norm
-from worker.objectives import Scores, needs_prompt, resolve_objectives, row_losses
-from worker.pipeline import BuiltAdapter, OnProgress, build_adapter, pad_token
-from worker.report import (
-    CalibrationReport,
-    ObjectiveReport,
-    Report,
-    TrialReport,
-    hardware,
-    layer_report,
-    pairwise_cosines,
-    round_to,
-    versions,
-)
-from worker.statistics import is_out_of_memory, score
+from worker.data import Example, encode_rows
+from worker.evaluation import evaluate
+from worker.evidence import Intake, intake, make_report
+from worker.model_cache import Loader
+from worker.models import BaseModel
+from worker.objectives import resolve_objectives
+from worker.pipeline import BuiltAdapter, adapter_from, build_adapter, pad_token
+from worker.shard_files import BasePin, damaged, read_batches, sha256
+from worker.sharding import count_tokens, gather_shard, merge, pin, read_plan, split
+from worker.shared_calibration import shared, work_on
+from worker.statistics import is_out_of_memory
 from worker.targets import lora_config, resolve_targets
+from worker.units import OnProgress, ShardFiles, ShardOutput, Share, Split
+
+ROWS = "rows.safetensors"
+"""Name of a statistics task's input file."""
 
 
 @contextmanager
@@ -55,6 +58,43 @@ def _translated_errors() -> Iterator[None]:
         raise
 
 
+@dataclass
+class _Clock:
+    """Passes progress on and remembers when it came; ``earlier`` are seconds by phase that another worker spent."""
+
+    on_progress: OnProgress
+    earlier: dict[str, float] = field(default_factory=dict)
+    marks: list[tuple[Phase, float]] = field(default_factory=list)
+
+    def __call__(self, phase: Phase, done: int, total: int) -> None:
+        self.marks.append((phase, time.monotonic()))
+        self.on_progress(phase, done, total)
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds between marks, added up by the phase that the earlier mark names."""
+        seconds = dict(self.earlier)
+        for (phase, start), (_, end) in pairwise(self.marks):
+            seconds[phase] = seconds.get(phase, 0.0) + end - start
+        return {phase: round(value, 3) for phase, value in seconds.items()}
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The base model and where its adapter goes."""
+
+    base: BaseModel
+    config: LoraConfig
+    targets: Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Rows that only measure the delivered adapter."""
+
+    examples: list[Example]
+    sha256: str
+
+
 @_translated_errors()
 def initialize(
     spec: InitializationSpec,
@@ -64,219 +104,215 @@ def initialize(
     out: Path,
     settings: WorkerSettings,
     on_progress: OnProgress,
-) -> Result:
+    load: Loader = models.load,
+    may_split: bool = False,
+) -> Result | Split:
     """Write the adapter's files into the existing directory ``out``, ``manifest.json`` last.
+
+    If the job may be split and has more than ``settings.shard_tokens`` tokens, ``out`` gets the files of a `Split`
+    instead, and the model has not run.
 
     Raises:
         D2LoraError: the request, the rows, the model or the numbers do not allow an adapter; ``out`` has no manifest.
     """
-    marks: list[tuple[Phase, float]] = []
-
-    def timed(phase: Phase, done: int, total: int) -> None:
-        marks.append((phase, time.monotonic()))
-        on_progress(phase, done, total)
-
-    timed(Phase.LOADING, 0, 1)
-    base = load(
-        spec.base_model,
-        revision=spec.revision,
-        dtype=spec.dtype,
-        device=settings.device,
-        quantization=spec.quantization,
-    )
-    config = lora_config(base.model, spec.lora, base_model=spec.base_model, revision=spec.revision)
-    targets = resolve_targets(base.model, config)
-    timed(Phase.LOADING, 1, 1)
-
-    timed(Phase.READING, 0, 1)
+    clock = _Clock(on_progress)
+    subject = _load(spec, settings, load, clock)
+    base, targets = subject.base, subject.targets
+    clock(Phase.READING, 0, 1)
     max_length, warnings = _context(base, spec)
     encoded = encode_rows(read_rows(dataset), base.tokenizer, max_length=max_length)
-    encoded_eval = None
-    if eval_dataset is not None:
-        encoded_eval = encode_rows(read_rows(eval_dataset), base.tokenizer, max_length=max_length)
-        # Before the pass, so that an evaluation that cannot be made costs nothing.
-        resolve_objectives(spec.objectives, paired=encoded_eval.examples[0].rejected is not None)
-    timed(Phase.READING, 1, 1)
+    # All that can be refused is refused before the pass.
+    resolve_objectives(spec.objectives, paired=encoded.examples[0].rejected is not None)
+    evaluation = _read_evaluation(base, spec, eval_dataset)
+    rows = intake(encoded, sha256=sha256(dataset.path), warnings=warnings)
+    clock(Phase.READING, 1, 1)
 
-    # Inside ``out``, so that whoever cleans up after a killed process finds these too.
-    with tempfile.TemporaryDirectory(prefix=".statistics-", dir=out) as directory:
-        built = build_adapter(
-            base, targets, spec, encoded.examples, settings=settings, directory=Path(directory), on_progress=timed
+    if may_split and count_tokens(encoded.examples) > settings.shard_tokens:
+        return split(
+            base,
+            spec,
+            encoded.examples,
+            rows,
+            directory=out,
+            settings=settings,
+            on_progress=clock,
+            seconds=clock.seconds,
         )
-    evaluation = None
-    if encoded_eval is not None:
-        evaluation = evaluate(base, targets, spec, built, encoded_eval.examples, settings=settings, on_progress=timed)
-    timed(Phase.PUBLISHING, 0, 1)
-    report = _report(
-        base,
-        targets,
-        spec,
-        encoded,
-        built,
-        evaluation,
-        dataset_sha256=_sha256(dataset),
-        eval_dataset_sha256=_sha256(eval_dataset) if eval_dataset else None,
-        warnings=warnings,
-        seconds=_laps(marks),
-    )
-    files = write_adapter(out, config=config, factors=built.factors, report=report)
-    return Result(files=files, summary=report.summary)
+    with _statistics_directory(out) as directory:
+        built = build_adapter(
+            base, targets, spec, encoded.examples, settings=settings, directory=directory, on_progress=clock
+        )
+    return _deliver(subject, spec, rows, built, evaluation, shards=1, out=out, settings=settings, clock=clock)
 
 
-def evaluate(
-    base: BaseModel,
-    targets: Mapping[str, nn.Module],
+@_translated_errors()
+def run_shard(
     spec: InitializationSpec,
-    built: BuiltAdapter,
-    examples: Sequence[Example],
+    task: ShardTask,
+    directory: Path,
     *,
     settings: WorkerSettings,
     on_progress: OnProgress,
-) -> dict[str, HeldOut]:
-    """Return the objectives, and ``nll``, of base and delivered adapter on rows that took no part in it."""
-    batches = make_batches(
-        examples,
-        [0] * len(examples),
-        max_tokens=spec.max_tokens_per_batch or settings.tokens_per_batch(base.device.type),
-        pad_token_id=pad_token(base),
-    )
-    paired = examples[0].rejected is not None
-    objectives: list[Objective] = [one for one in built.objectives if paired or one.type == "sft"]
-    with_prompt = needs_prompt(objectives)
-    on_progress(Phase.EVALUATION, 0, 2 * len(batches))
-    before, after = [], []
-    for done, batch in enumerate(batches, start=1):
-        before.append(score(base, batch, with_prompt=with_prompt))
-        with adapted(targets, built.factors, scaling=spec.lora.scaling):
-            after.append(score(base, batch, with_prompt=with_prompt))
-        on_progress(Phase.EVALUATION, 2 * done, 2 * len(batches))
-    reference, adapter = Scores.concatenate(before), Scores.concatenate(after)
-    measured: dict[str, Objective] = {"nll": Sft()} | {one.type: one for one in objectives}
-    return {
-        name: HeldOut(
-            base=row_losses(objective, reference, reference).mean().item(),
-            adapter=row_losses(objective, adapter, reference).mean().item(),
-            rows=len(examples),
-        )
-        for name, objective in measured.items()
-    }
+    load: Loader = models.load,
+) -> ShardOutput:
+    """Return what a task leaves behind; its input files lie in ``directory`` under their names.
+
+    Raises:
+        FormatMismatch: another version of the worker wrote an input.
+        ChecksumMismatch: an input is damaged, or the base model's weights are not those of the job's first worker.
+        D2LoraError: the model or the numbers do not allow it.
+    """
+    match task:
+        case StatisticsTask():
+            path = directory / ROWS
+            pinned, batches = read_batches(path)
+            if task.rows != sum(len(batch.rows) for batch in batches):
+                raise damaged(path)
+            subject = _load(spec, settings, load, on_progress, pinned)
+            files = gather_shard(
+                subject.base,
+                subject.targets,
+                spec,
+                batches,
+                made_from=sha256(path),
+                directory=directory,
+                settings=settings,
+                on_progress=on_progress,
+            )
+            return ShardOutput(files, None)
+        case EvaluationTask():
+            direction, path = (directory / name for name in task.files)
+            pinned, batches = read_batches(path)
+            if max(task.batches) >= len(batches):
+                raise damaged(path)
+            subject = _load(spec, settings, load, on_progress, pinned)
+            scores = work_on(
+                subject.base, subject.targets, spec, task, batches, direction=direction, on_progress=on_progress
+            )
+            return ShardOutput([], scores)
+        case _:
+            assert_never(task)
 
 
-def _report(
-    base: BaseModel,
-    targets: Mapping[str, nn.Module],
+@_translated_errors()
+def finish(
     spec: InitializationSpec,
-    encoded: Encoded,
-    built: BuiltAdapter,
-    evaluation: dict[str, HeldOut] | None,
+    plan: Path,
+    shards: Iterable[ShardFiles],
+    eval_dataset: DatasetFile | None,
     *,
-    dataset_sha256: str,
-    eval_dataset_sha256: str | None,
-    warnings: list[str],
-    seconds: dict[str, float],
-) -> Report:
-    names = [objective.type for objective in built.objectives]
-    mixture = built.mixture
-    summary = ResultSummary(
-        start="calibrated" if built.eta > 0 else "zero",
-        start_reason=built.reason,
-        objectives=names,
-        objectives_reason="as requested" if spec.objectives else _why_these(encoded.examples),
-        weights={name: round_to(weight) for name, weight in zip(names, mixture.weights.tolist(), strict=True)},
-        cosines={pair: value for pair, value in pairwise_cosines(mixture.cosines, names).items() if value is not None},
-        held_out=built.held_out,
-        evaluation=evaluation,
-        rows_used=len(encoded.examples),
-        rows_truncated=encoded.truncated,
-        rows_dropped=sum(encoded.dropped.values()),
-        fingerprint=fingerprint(
-            spec, base_identity=base.identity, dataset_sha256=dataset_sha256, dtype=str(base.model.dtype)
-        ),
-        warnings=warnings,
-    )
-    return Report(
-        summary=summary,
-        base_model=base.name,
-        base_identity=base.identity,
-        base_license=base.license,
-        dataset_sha256=dataset_sha256,
-        eval_dataset_sha256=eval_dataset_sha256,
-        spec=spec,
-        rows={
-            "read": encoded.rows_read,
-            "used": len(encoded.examples),
-            "truncated": encoded.truncated,
-            **encoded.dropped,
-        },
-        mean_tokens=_mean_tokens(encoded.examples),
-        objectives=[
-            ObjectiveReport(type=name, gradient_norm=round_to(norm), weight=round_to(weight), noise_scale=noise)
-            for name, norm, weight, noise in zip(
-                names, mixture.norms.tolist(), mixture.weights.tolist(), built.noise_scales, strict=True
-            )
-        ],
-        calibration=_calibration_report(built),
-        layers={
-            name: layer_report(
-                layer, built.layer_gramians[name], names, eta=built.eta, weight_norm=weight_norm(targets[name])
-            )
-            for name, layer in built.direction.items()
-        },
-        seconds=seconds,
-        versions=versions(),
-        hardware=hardware(base.device),
+    out: Path,
+    settings: WorkerSettings,
+    on_progress: OnProgress,
+    share: Share,
+    load: Loader = models.load,
+) -> Result:
+    """Write the adapter's files into the existing directory ``out``, as `initialize` would have.
+
+    ``shards`` come in the order of the split; each one's files are read when it is asked for, and not afterwards.
+
+    Raises:
+        FormatMismatch: another version of the worker wrote an input.
+        ChecksumMismatch: an input is damaged or missing, or the weights are not those of the job's first worker.
+        D2LoraError: the model or the numbers do not allow an adapter; ``out`` has no manifest.
+    """
+    planned = read_plan(plan)
+    clock = _Clock(on_progress, planned.seconds)
+    subject = _load(spec, settings, load, clock, planned.base)
+    base, targets = subject.base, subject.targets
+    clock(Phase.READING, 0, 1)
+    evaluation = _read_evaluation(base, spec, eval_dataset)
+    clock(Phase.READING, 1, 1)
+
+    objectives = resolve_objectives(spec.objectives, paired=planned.rows.paired)
+    with _statistics_directory(out) as directory:
+        one_pass = merge(base, targets, spec, planned, shards, directory=directory, on_progress=clock)
+        evaluator = shared(share, planned.base, directory=directory, pad_token_id=pad_token(base), on_progress=clock)
+        built = adapter_from(one_pass, objectives, spec, evaluator=evaluator, on_progress=clock)
+    shards_used = len(planned.shards)
+    return _deliver(
+        subject, spec, planned.rows, built, evaluation, shards=shards_used, out=out, settings=settings, clock=clock
     )
 
 
-def _why_these(examples: Sequence[Example]) -> str:
-    if examples[0].rejected is None:
-        return "rows without rejected completions allow no other"
-    return "all that the rows allow"
+def _load(
+    spec: InitializationSpec,
+    settings: WorkerSettings,
+    load: Loader,
+    on_progress: OnProgress,
+    pinned: BasePin | None = None,
+) -> _Subject:
+    """Return the base model, if pinned with the weights and in the type that the job's first worker had."""
+    on_progress(Phase.LOADING, 0, 1)
+
+    def loaded(revision: str | None, dtype: str) -> BaseModel:
+        return load(
+            spec.base_model,
+            revision=revision,
+            dtype=dtype,
+            device=settings.device,
+            quantization=spec.quantization,
+        )
+
+    base = loaded(spec.revision, spec.dtype)
+    if pinned is not None and pin(base) != pinned:
+        # A branch has moved on since, or this machine would choose another type.
+        del base
+        base = loaded(pinned.revision or spec.revision, pinned.dtype)
+        if pin(base) != pinned:
+            raise ChecksumMismatch("base_model: its weights are not those that the job was begun with")
+    config = lora_config(base.model, spec.lora, base_model=spec.base_model, revision=spec.revision)
+    targets = resolve_targets(base.model, config)
+    on_progress(Phase.LOADING, 1, 1)
+    return _Subject(base, config, targets)
 
 
-def _calibration_report(built: BuiltAdapter) -> CalibrationReport | None:
-    if built.calibration is None:
+def _read_evaluation(base: BaseModel, spec: InitializationSpec, dataset: DatasetFile | None) -> _Evaluation | None:
+    if dataset is None:
         return None
-    return CalibrationReport(
-        folds=built.folds,
-        rows=built.held_out["nll"].rows,
-        trials=[
-            TrialReport(
-                eta=trial.eta,
-                combined_change=_finite(trial.combined.mean),
-                combined_standard_error=trial.combined.error,
-                changes={name: _finite(change.mean) for name, change in trial.objectives.items()},
-                standard_errors={name: change.error for name, change in trial.objectives.items()},
-            )
-            for trial in built.calibration.trials
-        ],
-        accepted_eta=built.eta or None,
-        reason=built.reason,
+    encoded = encode_rows(read_rows(dataset), base.tokenizer, max_length=_context(base, spec)[0])
+    resolve_objectives(spec.objectives, paired=encoded.examples[0].rejected is not None)
+    return _Evaluation(encoded.examples, sha256(dataset.path))
+
+
+@contextmanager
+def _statistics_directory(out: Path) -> Iterator[Path]:
+    """Inside ``out``, so that whoever cleans up after a killed process finds these too."""
+    with tempfile.TemporaryDirectory(prefix=".statistics-", dir=out) as directory:
+        yield Path(directory)
+
+
+def _deliver(
+    subject: _Subject,
+    spec: InitializationSpec,
+    rows: Intake,
+    built: BuiltAdapter,
+    evaluation: _Evaluation | None,
+    *,
+    shards: int,
+    out: Path,
+    settings: WorkerSettings,
+    clock: _Clock,
+) -> Result:
+    """Evaluate the adapter and write its files."""
+    base, targets = subject.base, subject.targets
+    measured = None
+    if evaluation is not None:
+        measured = evaluate(base, targets, spec, built, evaluation.examples, settings=settings, on_progress=clock)
+    clock(Phase.PUBLISHING, 0, 1)
+    report = make_report(
+        base,
+        targets,
+        spec,
+        rows,
+        built,
+        measured,
+        eval_dataset_sha256=evaluation.sha256 if evaluation else None,
+        shards=shards,
+        seconds=clock.seconds(),
     )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _mean_tokens(examples: Sequence[Example]) -> dict[str, float]:
-    means = {"chosen": fmean(sum(example.chosen.completion_mask) for example in examples)}
-    if examples[0].rejected is not None:
-        means["rejected"] = fmean(sum(one.rejected.completion_mask) for one in examples if one.rejected is not None)
-    return {name: round(value, 2) for name, value in means.items()}
-
-
-def fingerprint(spec: InitializationSpec, *, base_identity: str, dataset_sha256: str, dtype: str) -> str:
-    """Return the sha256 over all that decides the adapter; equal requests have equal fingerprints."""
-    decisive = spec.model_dump(exclude={"base_model", "revision", "dataset_id", "eval_dataset_id", "metadata"})
-    content = {
-        "spec": decisive,
-        "base": base_identity,
-        "dataset": dataset_sha256,
-        "dtype": dtype,
-        "versions": versions(),
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    files = write_adapter(out, config=subject.config, factors=built.factors, report=report)
+    return Result(files=files, summary=report.summary)
 
 
 def _context(base: BaseModel, spec: InitializationSpec) -> tuple[int, list[str]]:
@@ -285,16 +321,3 @@ def _context(base: BaseModel, spec: InitializationSpec) -> tuple[int, list[str]]
     if limit is None or limit >= spec.max_length:
         return spec.max_length, []
     return limit, [f"max_length {spec.max_length} is above the model's context; {limit} was used"]
-
-
-def _laps(marks: Sequence[tuple[Phase, float]]) -> dict[str, float]:
-    """Return the seconds between marks, added up by the phase that the earlier mark names."""
-    seconds: dict[str, float] = {}
-    for (phase, start), (_, end) in pairwise(marks):
-        seconds[phase] = seconds.get(phase, 0.0) + end - start
-    return {phase: round(value, 3) for phase, value in seconds.items()}
-
-
-def _sha256(file: DatasetFile) -> str:
-    with file.path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -62,6 +62,16 @@ class Scores:
 
         return Scores(**{name: joined(name) for name in Scores.__dataclass_fields__})  # type: ignore[arg-type]  # first two are never None
 
+    def split(self, sizes: Sequence[int]) -> list["Scores"]:
+        """Return runs of rows of these sizes, in order."""
+        parts = {name: tensor.split(list(sizes)) for name, tensor in self.tensors().items()}
+        return [Scores(**{name: tensors[index] for name, tensors in parts.items()}) for index in range(len(sizes))]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is known, by name."""
+        known = {name: getattr(self, name) for name in Scores.__dataclass_fields__}
+        return {name: tensor for name, tensor in known.items() if tensor is not None}
+
 
 @dataclass(frozen=True)
 class Counts:

@@ -1,14 +1,15 @@
 """From rows to an adapter: start reading here.
 
-`build_adapter` is the algorithm of docs/method.md from top to bottom; `worker/initialization.py` puts files around it.
+`build_adapter` is the algorithm of docs/method.md from top to bottom; `worker/initialization.py` puts files around it,
+and `worker/sharding.py` lets several workers do the passes of a large job.
 
 Shape legend
     J  objectives    K  bases
 """
 
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -17,40 +18,54 @@ from torch import Tensor, nn
 
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase
 from d2lora.settings import WorkerSettings
-from worker.calibration import EVALUATIONS, Calibration, calibrate, held_out
+from worker.calibration import Calibration, Evaluator, Held, alone, calibrate, calibration_batches, held_out
 from worker.combining import Mixture, combine, objective_gramian
 from worker.data import Batch, Example, assign_folds, make_batches
 from worker.factors import Direction, Factors, Products, calibrated_step, factorize, inner_products
 from worker.models import BaseModel, layer_sizes
-from worker.objectives import Basis, Counts, Scores, bases_of, objective_coefficients, resolve_objectives
+from worker.objectives import (
+    Basis,
+    Counts,
+    Scores,
+    bases_of,
+    objective_coefficients,
+    resolve_objectives,
+)
+from worker.progress import PhaseCounter
 from worker.report import noise_scale
 from worker.sketch_files import SketchFile
 from worker.sketch_files import load as load_statistics
 from worker.sketching import Shape, TestMatrices
 from worker.statistics import Statistics, activation_checkpointing, gather
-
-OnProgress = Callable[[Phase, int, int], None]
-"""Told (phase, done, total) at least once per batch; may raise, which stops the job."""
+from worker.units import OnProgress
 
 FOLDS = 4
-CALIBRATION_ROWS = 256
-"""Rows scored at every step of the line search; a seeded part of larger datasets."""
 OVERSAMPLING = 4
 """Range-sketch width in units of r: keeps 98.7 to 100 % of what the best rank-r factorization keeps."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass over the data leaves behind, fold by fold."""
+    """What one pass over all rows leaves behind, fold by fold."""
 
     bases: tuple[Basis, ...]
     statistics: list[Statistics]
-    scored: list[list[tuple[Batch, Scores]]]
-    """Batches with their rows' scores under the base model."""
+    held: Held
+    """The batches that calibration scores."""
 
     def counts(self, *, leave_out: int | None = None) -> Counts:
         """Return the normalizers over all folds, or over all but one."""
         return sum((fold.counts for index, fold in enumerate(self.statistics) if index != leave_out), Counts())
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What a pass over some of the batches leaves behind."""
+
+    sums: dict[int, Path]
+    """A file of sums for every fold that the batches touch."""
+    scores: list[Scores]
+    """Of every batch's rows under the base model."""
 
 
 @dataclass(frozen=True)
@@ -91,30 +106,102 @@ def build_adapter(
         OutOfMemory: a single row does not fit.
     """
     objectives = resolve_objectives(spec.objectives, paired=examples[0].rejected is not None)
-    one_pass = gather_statistics(
-        base,
-        targets,
-        spec,
-        examples,
-        bases_of(objectives),
-        settings=settings,
-        directory=directory,
-        on_progress=on_progress,
+    bases = bases_of(objectives)
+    batches = deal_batches(base, spec, examples, settings=settings)
+    gathered = gather_statistics(
+        base, targets, spec, batches, bases, settings=settings, directory=directory, on_progress=on_progress
     )
+    matrices = TestMatrices(spec.seed, base.device)
+    scored = zip(batches, gathered.scores, strict=True)
+    folds = [list(own) for _, own in groupby(scored, key=lambda pair: pair[0].fold)]
+    chosen = calibration_batches([[len(batch.rows) for batch, _ in fold] for fold in folds], spec.seed)
+    one_pass = Pass(
+        bases,
+        [load_statistics(path, matrices) for path in gathered.sums.values()],
+        [[fold[index] for index in indices] for fold, indices in zip(folds, chosen, strict=True)],
+    )
+    return adapter_from(
+        one_pass, objectives, spec, evaluator=alone(base, targets, objectives, on_progress), on_progress=on_progress
+    )
+
+
+def deal_batches(
+    base: BaseModel, spec: InitializationSpec, examples: Sequence[Example], *, settings: WorkerSettings
+) -> list[Batch]:
+    """Return the batches of all rows, fold after fold; every fold has some."""
+    folds = min(FOLDS, len({example.digest for example in examples}))
+    return make_batches(
+        examples,
+        assign_folds(examples, folds=folds, seed=spec.seed),
+        max_tokens=spec.max_tokens_per_batch or settings.tokens_per_batch(base.device.type),
+        pad_token_id=pad_token(base),
+    )
+
+
+def gather_statistics(
+    base: BaseModel,
+    targets: Mapping[str, nn.Module],
+    spec: InitializationSpec,
+    batches: Sequence[Batch],
+    bases: tuple[Basis, ...],
+    *,
+    settings: WorkerSettings,
+    directory: Path,
+    on_progress: OnProgress,
+    made_from: str | None = None,
+) -> Gathered:
+    """Run one forward and one backward over the batches, and return the sums of each fold that they touch.
+
+    ``made_from`` is the digest of the batches' file, if they are those of a shard.
+    """
+    matrices = TestMatrices(spec.seed, base.device)
+    shapes = sketch_shapes(targets, rank=spec.lora.r)
+    result = Gathered({}, [])
+    count = PhaseCounter(Phase.STATISTICS, sum(len(batch.rows) for batch in batches), on_progress)
+    with activation_checkpointing(base, enabled=settings.activation_checkpointing):
+        for fold, run in groupby(batches, key=lambda batch: batch.fold):
+            own = list(run)
+            parts: list[Scores] = []
+
+            def keep(part: Batch, scores: Scores, parts: list[Scores] = parts) -> None:
+                parts.append(scores)
+                count(len(part.rows))
+
+            path = directory / f"fold-{fold}.safetensors"
+            with SketchFile(
+                path, spec.statistics, shapes, bases=len(bases), matrices=matrices, made_from=made_from
+            ) as file:
+                file.finish(gather(base, targets, file.accumulators(), own, bases, on_batch=keep))
+            result.sums[fold] = path
+            # Where memory ran out a batch came in parts; they are put together again.
+            result.scores.extend(Scores.concatenate(parts).split([len(batch.rows) for batch in own]))
+    return result
+
+
+def adapter_from(
+    one_pass: Pass,
+    objectives: list[Objective],
+    spec: InitializationSpec,
+    *,
+    evaluator: Evaluator,
+    on_progress: OnProgress,
+) -> BuiltAdapter:
+    """Return the adapter for the statistics of all rows, whoever gathered them; ``evaluator`` runs calibration.
+
+    Raises:
+        NumericalFailure: a number is not finite, or the objectives cancel.
+    """
     products = inner_products(one_pass.statistics, len(one_pass.bases))
     mixture, direction = combined_direction(one_pass, products, objectives, spec)
-
-    rows = _calibration_rows(one_pass, spec.seed)
     calibration = None
     if spec.start == "calibrated" and len(one_pass.statistics) > 1:
         directions = _leave_one_out_directions(one_pass, products, objectives, spec, on_progress)
-        count = _Counter(Phase.CALIBRATION, EVALUATIONS * sum(map(len, rows)), on_progress)
-        calibration = calibrate(base, targets, objectives, mixture, directions, rows, on_batch=count)
+        calibration = calibrate(objectives, mixture, directions, one_pass.held, evaluator)
     accepted = calibration.accepted if calibration else None
     eta = accepted.eta if accepted else 0.0
 
     coefficients = objective_coefficients(objectives, one_pass.bases, one_pass.counts())
-    base_scores = Scores.concatenate([scores for fold in rows for _, scores in fold])
+    base_scores = Scores.concatenate([scores for fold in one_pass.held for _, scores in fold])
     return BuiltAdapter(
         factors=calibrated_step(direction, eta=eta, scaling=spec.lora.scaling),
         direction=direction,
@@ -128,46 +215,6 @@ def build_adapter(
         reason=_reason(spec, calibration),
         held_out=held_out(objectives, base_scores, accepted),
     )
-
-
-def gather_statistics(
-    base: BaseModel,
-    targets: Mapping[str, nn.Module],
-    spec: InitializationSpec,
-    examples: Sequence[Example],
-    bases: tuple[Basis, ...],
-    *,
-    settings: WorkerSettings,
-    directory: Path,
-    on_progress: OnProgress,
-) -> Pass:
-    """Run one forward and one backward over all rows, and return each fold's sums."""
-    folds = min(FOLDS, len({example.digest for example in examples}))
-    batches = make_batches(
-        examples,
-        assign_folds(examples, folds=folds, seed=spec.seed),
-        max_tokens=spec.max_tokens_per_batch or settings.tokens_per_batch(base.device.type),
-        pad_token_id=pad_token(base),
-    )
-    matrices = TestMatrices(spec.seed, base.device)
-    shapes = {name: sketch_shape(module, rank=spec.lora.r) for name, module in targets.items()}
-    result = Pass(bases, [], [])
-    count = _Counter(Phase.STATISTICS, len(examples), on_progress)
-    with activation_checkpointing(base, enabled=settings.activation_checkpointing):
-        for fold in range(folds):
-            scored: list[tuple[Batch, Scores]] = []
-
-            def keep(batch: Batch, scores: Scores, scored: list[tuple[Batch, Scores]] = scored) -> None:
-                scored.append((batch, scores))
-                count(len(batch.rows))
-
-            path = directory / f"fold-{fold}.safetensors"
-            own = [batch for batch in batches if batch.fold == fold]
-            with SketchFile(path, spec.statistics, shapes, bases=len(bases), matrices=matrices) as file:
-                file.finish(gather(base, targets, file.accumulators(), own, bases, on_batch=keep))
-            result.statistics.append(load_statistics(path, matrices))
-            result.scored.append(scored)
-    return result
 
 
 def combined_direction(
@@ -204,6 +251,11 @@ def sketch_shape(module: nn.Module, *, rank: int) -> Shape:
     return Shape(out_features, in_features, min(OVERSAMPLING * rank, out_features, in_features))
 
 
+def sketch_shapes(targets: Mapping[str, nn.Module], *, rank: int) -> dict[str, Shape]:
+    """Return the sizes of all layers' sketches."""
+    return {name: sketch_shape(module, rank=rank) for name, module in targets.items()}
+
+
 def _leave_one_out_directions(
     one_pass: Pass,
     products: Products,
@@ -212,27 +264,12 @@ def _leave_one_out_directions(
     on_progress: OnProgress,
 ) -> list[Direction]:
     folds = len(one_pass.statistics)
-    count = _Counter(Phase.FACTORS, folds, on_progress)
+    count = PhaseCounter(Phase.FACTORS, folds, on_progress)
     directions = []
     for fold in range(folds):
         directions.append(combined_direction(one_pass, products, objectives, spec, leave_out=fold)[1])
         count()
     return directions
-
-
-def _calibration_rows(one_pass: Pass, seed: int) -> list[list[tuple[Batch, Scores]]]:
-    """Return whole batches of every fold, in an order that does not follow length, until there are rows enough."""
-    chosen = []
-    for scored in one_pass.scored:
-        order = random.Random(seed).sample(scored, len(scored))  # noqa: S311  # a choice of rows, no secret
-        fold, rows = [], 0
-        for batch, scores in order:
-            if rows * len(one_pass.scored) >= CALIBRATION_ROWS:
-                break
-            fold.append((batch, scores))
-            rows += len(batch.rows)
-        chosen.append(fold)
-    return chosen
 
 
 def _noise_scales(one_pass: Pass, products: Products, objectives: Sequence[Objective]) -> list[float | None]:
@@ -252,16 +289,3 @@ def _reason(spec: InitializationSpec, calibration: Calibration | None) -> str:
     if calibration is None:
         return "a single distinct row leaves nothing to hold out, so no step can be supported"
     return calibration.reason
-
-
-class _Counter:
-    """Tells how much of a phase is done."""
-
-    def __init__(self, phase: Phase, total: int, on_progress: OnProgress) -> None:
-        self._phase, self._total, self._on_progress = phase, total, on_progress
-        self._done = 0
-        on_progress(phase, 0, total)
-
-    def __call__(self, amount: int = 1) -> None:
-        self._done += amount
-        self._on_progress(self._phase, min(self._done, self._total), self._total)

@@ -7,10 +7,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from d2lora.datasets import DatasetFile
-from d2lora.errors import InternalError
 from d2lora.initializations import InitializationSpec, Phase, Result
 from d2lora.settings import DatabaseSettings, StorageSettings, WorkerSettings
 from d2lora.shards import ShardTask
@@ -48,13 +49,18 @@ class RealWork:
             out=out,
             settings=self.settings,
             on_progress=on_progress,
+            load=self._load,
+            may_split=self.may_split,
         )
 
     def run_shard(
         self, spec: InitializationSpec, task: ShardTask, directory: Path, on_progress: OnProgress
     ) -> ShardOutput:
         """See `worker.units.Work`."""
-        raise InternalError("jobs are not cut into shards yet")
+        on_progress(Phase.LOADING, 0, 1)
+        from worker.initialization import run_shard  # noqa: PLC0415  # seconds of imports
+
+        return run_shard(spec, task, directory, settings=self.settings, on_progress=on_progress, load=self._load)
 
     def finish(
         self,
@@ -67,7 +73,27 @@ class RealWork:
         on_progress: OnProgress,
     ) -> Result:
         """See `worker.units.Work`."""
-        raise InternalError("jobs are not cut into shards yet")
+        on_progress(Phase.LOADING, 0, 1)
+        from worker.initialization import finish  # noqa: PLC0415  # seconds of imports
+
+        return finish(
+            spec,
+            plan,
+            shards,
+            eval_dataset,
+            out=out,
+            settings=self.settings,
+            on_progress=on_progress,
+            share=share,
+            load=self._load,
+        )
+
+    @cached_property
+    def _load(self) -> Any:
+        """The `worker.model_cache.Loader` that all units of this process share."""
+        from worker.model_cache import ModelCache  # noqa: PLC0415  # seconds of imports
+
+        return ModelCache(int(self.settings.model_cache_gib * 2**30)).load
 
     def warm_up(self) -> None:
         """Do what takes seconds before the first unit needs it."""

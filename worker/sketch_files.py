@@ -1,6 +1,7 @@
 """A fold's statistics on disk: one safetensors file, summed in place and read layer by layer.
 
-Only one layer's sums are in memory at a time, during the pass and after it; a large job's shards will be such files.
+Only one layer's sums are in memory at a time: during the pass, while the files of several shards are added up, and
+afterwards.
 """
 
 import json
@@ -13,15 +14,14 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import safe_open
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from worker.objectives import Counts
+from worker.shard_files import damaged, header, metadata
 from worker.sketching import DenseGradient, LayerStatistics, Shape, Sketch, TestMatrices
 from worker.statistics import Statistics
-
-FORMAT = 1
-"""Raised when a file's meaning changes, so that old and new workers never mix them up."""
 
 _KINDS: dict[str, type[Sketch] | type[DenseGradient]] = {"sketch": Sketch, "exact": DenseGradient}
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
@@ -29,10 +29,20 @@ _ROOM_FOR_COUNTS = 256
 
 
 class SketchFile:
-    """A file of sums, all zero at first; close it, or use it as a context manager."""
+    """A file of sums, all zero at first; close it, or use it as a context manager.
+
+    ``made_from`` is the digest of the rows that it sums, if it is a shard's.
+    """
 
     def __init__(
-        self, path: Path, kind: str, shapes: Mapping[str, Shape], *, bases: int, matrices: TestMatrices
+        self,
+        path: Path,
+        kind: str,
+        shapes: Mapping[str, Shape],
+        *,
+        bases: int,
+        matrices: TestMatrices,
+        made_from: str | None = None,
     ) -> None:
         self._kind, self._shapes, self._bases, self._matrices = _KINDS[kind], shapes, bases, matrices
         self._header: dict[str, Any] = {}
@@ -42,7 +52,7 @@ class SketchFile:
                 start, end = end, end + math.prod(size) * _DTYPES[dtype].itemsize
                 self._header[f"{name}/{part}"] = {"dtype": dtype, "shape": size, "data_offsets": [start, end]}
         sizes = {name: [shape.out_features, shape.in_features, shape.width] for name, shape in shapes.items()}
-        self._about = {"format": FORMAT, "kind": kind, "shapes": sizes}
+        self._about = {"kind": kind, "shapes": sizes, "made_from": made_from}
         self._file = path.open("w+b")
         self._offset = self._write_header(Counts(), len(self._encoded(Counts())) + _ROOM_FOR_COUNTS)
         self._file.truncate(self._offset + end)  # a hole in the file reads as zeros
@@ -70,12 +80,36 @@ class SketchFile:
         batch = self._kind.empty(self._shapes[name], self._bases, self._matrices.on(inputs.device))
         batch.add(inputs, output_grads, weights, paired=paired)
         for part, tensor in batch.tensors().items():
-            entry = self._header[f"{name}/{part}"]
-            start, end = entry["data_offsets"]
-            stored = os.pread(self._file.fileno(), end - start, self._offset + start)
-            summed: np.ndarray[Any, Any] = np.frombuffer(stored, dtype=_DTYPES[entry["dtype"]])
-            summed = summed + tensor.cpu().numpy().ravel()
-            os.pwrite(self._file.fileno(), summed.tobytes(), self._offset + start)
+            self._add_to(f"{name}/{part}", tensor.cpu().numpy())
+
+    def add_file(self, path: Path, *, made_from: str) -> Counts:
+        """Add the sums of a shard's file, and return what normalizes those.
+
+        Raises:
+            FormatMismatch: another version of the worker wrote the file.
+            ChecksumMismatch: it is damaged, or not of these rows, layers and sizes.
+        """
+        about = header(path, "sums")
+        if {name: about.get(name) for name in self._about} != {**self._about, "made_from": made_from}:
+            raise damaged(path)
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name, entry in self._header.items():
+                    part = file.get_tensor(name)
+                    if list(part.shape) != entry["shape"] or part.dtype != _DTYPES[entry["dtype"]]:
+                        raise damaged(path)
+                    self._add_to(name, part)
+            return Counts(**about["counts"])
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise damaged(path) from error
+
+    def _add_to(self, name: str, part: NDArray[Any]) -> None:
+        entry = self._header[name]
+        start, end = entry["data_offsets"]
+        stored = os.pread(self._file.fileno(), end - start, self._offset + start)
+        summed: np.ndarray[Any, Any] = np.frombuffer(stored, dtype=_DTYPES[entry["dtype"]])
+        summed = summed + part.ravel()
+        os.pwrite(self._file.fileno(), summed.tobytes(), self._offset + start)
 
     def finish(self, counts: Counts) -> None:
         """Write what normalizes the sums."""
@@ -91,8 +125,8 @@ class SketchFile:
         return 8 + length
 
     def _encoded(self, counts: Counts) -> bytes:
-        metadata = {"d2lora": json.dumps({**self._about, "counts": asdict(counts)})}
-        return json.dumps({"__metadata__": metadata, **self._header}).encode()
+        about = metadata("sums", {**self._about, "counts": asdict(counts)})
+        return json.dumps({"__metadata__": about, **self._header}).encode()
 
 
 @dataclass(frozen=True)
@@ -115,12 +149,15 @@ class Accumulator:
 
 
 def load(path: Path, matrices: TestMatrices) -> Statistics:
-    """Return the statistics of a finished file, with layers read lazily onto the device of ``matrices``."""
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["d2lora"])
-    assert header["format"] == FORMAT, f"statistics of format {header['format']}, this version reads {FORMAT}"
-    shapes = {name: Shape(*sizes) for name, sizes in header["shapes"].items()}
-    return Statistics(_StoredLayers(path, matrices, _KINDS[header["kind"]], shapes), Counts(**header["counts"]))
+    """Return the statistics of a finished file, with layers read lazily onto the device of ``matrices``.
+
+    Raises:
+        FormatMismatch: another version of the worker wrote the file.
+        ChecksumMismatch: it is damaged.
+    """
+    about = header(path, "sums")
+    shapes = {name: Shape(*sizes) for name, sizes in about["shapes"].items()}
+    return Statistics(_StoredLayers(path, matrices, _KINDS[about["kind"]], shapes), Counts(**about["counts"]))
 
 
 class _StoredLayers(Mapping[str, LayerStatistics]):

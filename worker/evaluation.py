@@ -1,0 +1,54 @@
+"""The delivered adapter on rows that took no part in it."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase, Sft
+from d2lora.settings import WorkerSettings
+from worker.data import Example, make_batches
+from worker.factors import adapted
+from worker.models import BaseModel
+from worker.objectives import Scores, needs_prompt, row_losses
+from worker.pipeline import BuiltAdapter, pad_token
+from worker.statistics import score
+from worker.units import OnProgress
+
+
+def evaluate(
+    base: BaseModel,
+    targets: Mapping[str, nn.Module],
+    spec: InitializationSpec,
+    built: BuiltAdapter,
+    examples: Sequence[Example],
+    *,
+    settings: WorkerSettings,
+    on_progress: OnProgress,
+) -> dict[str, HeldOut]:
+    """Return the objectives, and ``nll``, of base and delivered adapter on rows that took no part in it."""
+    batches = make_batches(
+        examples,
+        [0] * len(examples),
+        max_tokens=spec.max_tokens_per_batch or settings.tokens_per_batch(base.device.type),
+        pad_token_id=pad_token(base),
+    )
+    paired = examples[0].rejected is not None
+    objectives: list[Objective] = [one for one in built.objectives if paired or one.type == "sft"]
+    with_prompt = needs_prompt(objectives)
+    on_progress(Phase.EVALUATION, 0, 2 * len(batches))
+    before, after = [], []
+    for done, batch in enumerate(batches, start=1):
+        before.append(score(base, batch, with_prompt=with_prompt))
+        with adapted(targets, built.factors, scaling=spec.lora.scaling):
+            after.append(score(base, batch, with_prompt=with_prompt))
+        on_progress(Phase.EVALUATION, 2 * done, 2 * len(batches))
+    reference, adapter = Scores.concatenate(before), Scores.concatenate(after)
+    measured: dict[str, Objective] = {"nll": Sft()} | {one.type: one for one in objectives}
+    return {
+        name: HeldOut(
+            base=row_losses(objective, reference, reference).mean().item(),
+            adapter=row_losses(objective, adapter, reference).mean().item(),
+            rows=len(examples),
+        )
+        for name, objective in measured.items()
+    }

@@ -1,0 +1,170 @@
+"""From what was built to what the report says of it.
+
+`Intake` is what the report knows of the rows; a job that is cut into shards carries it from its first worker to its
+last.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from torch import nn
+
+from d2lora.initializations import Frozen, HeldOut, InitializationSpec, ResultSummary
+from worker.data import Encoded, Example
+from worker.models import BaseModel, weight_norm
+from worker.pipeline import BuiltAdapter
+from worker.report import (
+    CalibrationReport,
+    ObjectiveReport,
+    Report,
+    TrialReport,
+    hardware,
+    layer_report,
+    pairwise_cosines,
+    round_to,
+    versions,
+)
+
+
+class Intake(Frozen):
+    """What became of a dataset's rows on their way to tokens."""
+
+    sha256: str
+    """Of the dataset's file."""
+    read: int
+    used: int
+    truncated: int
+    dropped: dict[str, int]
+    """Reason -> number of rows."""
+    paired: bool
+    """Whether every row has a rejected completion."""
+    mean_tokens: dict[str, float]
+    warnings: list[str]
+
+
+def intake(encoded: Encoded, *, sha256: str, warnings: list[str]) -> Intake:
+    """Return the summary of encoded rows."""
+    return Intake(
+        sha256=sha256,
+        read=encoded.rows_read,
+        used=len(encoded.examples),
+        truncated=encoded.truncated,
+        dropped=encoded.dropped,
+        paired=encoded.examples[0].rejected is not None,
+        mean_tokens=_mean_tokens(encoded.examples),
+        warnings=warnings,
+    )
+
+
+def make_report(
+    base: BaseModel,
+    targets: Mapping[str, nn.Module],
+    spec: InitializationSpec,
+    rows: Intake,
+    built: BuiltAdapter,
+    evaluation: dict[str, HeldOut] | None,
+    *,
+    eval_dataset_sha256: str | None,
+    shards: int,
+    seconds: dict[str, float],
+) -> Report:
+    """Return the report of a built adapter."""
+    names = [objective.type for objective in built.objectives]
+    mixture = built.mixture
+    summary = ResultSummary(
+        start="calibrated" if built.eta > 0 else "zero",
+        start_reason=built.reason,
+        objectives=names,
+        objectives_reason="as requested" if spec.objectives else _why_these(rows),
+        weights={name: round_to(weight) for name, weight in zip(names, mixture.weights.tolist(), strict=True)},
+        cosines={pair: value for pair, value in pairwise_cosines(mixture.cosines, names).items() if value is not None},
+        held_out=built.held_out,
+        evaluation=evaluation,
+        rows_used=rows.used,
+        rows_truncated=rows.truncated,
+        rows_dropped=sum(rows.dropped.values()),
+        fingerprint=fingerprint(
+            spec, base_identity=base.identity, dataset_sha256=rows.sha256, dtype=str(base.model.dtype)
+        ),
+        warnings=rows.warnings,
+    )
+    return Report(
+        summary=summary,
+        base_model=base.name,
+        base_identity=base.identity,
+        base_license=base.license,
+        dataset_sha256=rows.sha256,
+        eval_dataset_sha256=eval_dataset_sha256,
+        spec=spec,
+        rows={"read": rows.read, "used": rows.used, "truncated": rows.truncated, **rows.dropped},
+        mean_tokens=rows.mean_tokens,
+        shards=shards,
+        objectives=[
+            ObjectiveReport(type=name, gradient_norm=round_to(norm), weight=round_to(weight), noise_scale=noise)
+            for name, norm, weight, noise in zip(
+                names, mixture.norms.tolist(), mixture.weights.tolist(), built.noise_scales, strict=True
+            )
+        ],
+        calibration=_calibration_report(built),
+        layers={
+            name: layer_report(
+                layer, built.layer_gramians[name], names, eta=built.eta, weight_norm=weight_norm(targets[name])
+            )
+            for name, layer in built.direction.items()
+        },
+        seconds=seconds,
+        versions=versions(),
+        hardware=hardware(base.device),
+    )
+
+
+def _why_these(rows: Intake) -> str:
+    return "all that the rows allow" if rows.paired else "rows without rejected completions allow no other"
+
+
+def _calibration_report(built: BuiltAdapter) -> CalibrationReport | None:
+    if built.calibration is None:
+        return None
+    return CalibrationReport(
+        folds=built.folds,
+        rows=built.held_out["nll"].rows,
+        trials=[
+            TrialReport(
+                eta=trial.eta,
+                combined_change=_finite(trial.combined.mean),
+                combined_standard_error=trial.combined.error,
+                changes={name: _finite(change.mean) for name, change in trial.objectives.items()},
+                standard_errors={name: change.error for name, change in trial.objectives.items()},
+            )
+            for trial in built.calibration.trials
+        ],
+        accepted_eta=built.eta or None,
+        reason=built.reason,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _mean_tokens(examples: Sequence[Example]) -> dict[str, float]:
+    means = {"chosen": fmean(sum(example.chosen.completion_mask) for example in examples)}
+    if examples[0].rejected is not None:
+        means["rejected"] = fmean(sum(one.rejected.completion_mask) for one in examples if one.rejected is not None)
+    return {name: round(value, 2) for name, value in means.items()}
+
+
+def fingerprint(spec: InitializationSpec, *, base_identity: str, dataset_sha256: str, dtype: str) -> str:
+    """Return the sha256 over all that decides the adapter; equal requests have equal fingerprints."""
+    decisive = spec.model_dump(exclude={"base_model", "revision", "dataset_id", "eval_dataset_id", "metadata"})
+    content = {
+        "spec": decisive,
+        "base": base_identity,
+        "dataset": dataset_sha256,
+        "dtype": dtype,
+        "versions": versions(),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

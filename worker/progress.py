@@ -1,0 +1,18 @@
+"""How far a phase is, told at least once per batch."""
+
+from d2lora.initializations import Phase
+from worker.units import OnProgress
+
+
+class PhaseCounter:
+    """Tells how much of a phase is done whenever it is called with an amount."""
+
+    def __init__(self, phase: Phase, total: int, on_progress: OnProgress) -> None:
+        self._phase, self._total, self._on_progress = phase, total, on_progress
+        self._done = 0
+        on_progress(phase, 0, total)
+
+    def __call__(self, amount: int = 1) -> None:
+        """Add to what is done."""
+        self._done += amount
+        self._on_progress(self._phase, min(self._done, self._total), self._total)

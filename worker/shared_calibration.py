@@ -1,0 +1,107 @@
+"""Calibration's forward passes, shared among workers.
+
+The builder writes every fold's leave-one-out direction and held-out batches into a file once. Each step size of the
+line search then becomes tasks of a few batches each, which any worker scores.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from d2lora.errors import ChecksumMismatch, NumericalFailure
+from d2lora.initializations import InitializationSpec, Phase
+from d2lora.shards import EvaluationTask
+from worker.calibration import Evaluator, Held, StepScores, batch_counter, score_step
+from worker.data import Batch
+from worker.factors import Direction
+from worker.models import BaseModel
+from worker.objectives import Scores, needs_prompt, resolve_objectives
+from worker.progress import PhaseCounter
+from worker.shard_files import FORMAT, BasePin, check_format, read_direction, write_batches, write_direction
+from worker.sharding import cut
+from worker.units import OnProgress, Share
+
+PIECES = 8
+"""Tasks of one step size: enough for several workers, few enough that claiming them costs little."""
+
+
+def shared(share: Share, base: BasePin, *, directory: Path, pad_token_id: int, on_progress: OnProgress) -> Evaluator:
+    """Return the evaluator that lets any worker take part; its files lie in ``directory``."""
+
+    def evaluator(directions: Sequence[Direction], folds: Held) -> StepScores:
+        count = batch_counter(folds, on_progress)
+        files: dict[str, Path] = {}
+        pieces: list[EvaluationTask] = []
+        references: list[Scores] = []
+        for fold, (direction, held) in enumerate(zip(directions, folds, strict=True)):
+            names = [f"direction-{fold}.safetensors", f"held-out-{fold}.safetensors"]
+            files |= {name: directory / name for name in names}
+            batches = [batch for batch, _ in held]
+            write_direction(files[names[0]], direction)
+            write_batches(files[names[1]], batches, base, pad_token_id=pad_token_id)
+            runs = cut([int(batch.attention_mask.sum()) for batch in batches], -(-PIECES // len(folds)))
+            pieces += [EvaluationTask(eta=0.0, fold=fold, files=names, batches=list(run)) for run in runs]
+            references += [Scores.concatenate([held[index][1] for index in run]) for run in runs]
+
+        def step_scores(eta: float) -> Scores:
+            tasks = [piece.model_copy(update={"eta": eta}) for piece in pieces]
+            answers = share(files, tasks)
+            count(sum(map(len, folds)))
+            return Scores.concatenate([_from_json(*pair) for pair in zip(answers, references, strict=True)])
+
+        return step_scores
+
+    return evaluator
+
+
+def work_on(
+    base: BaseModel,
+    targets: Mapping[str, nn.Module],
+    spec: InitializationSpec,
+    task: EvaluationTask,
+    batches: Sequence[Batch],
+    *,
+    direction: Path,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
+    """Return the scores of a task's batches, as JSON."""
+    objectives = resolve_objectives(spec.objectives, paired=batches[0].paired)
+    own = [batches[index] for index in task.batches]
+    try:
+        scores = score_step(
+            base,
+            targets,
+            read_direction(direction, base.device),
+            task.eta,
+            own,
+            with_prompt=needs_prompt(objectives),
+            on_batch=PhaseCounter(Phase.CALIBRATION, len(own), on_progress),
+        )
+    except NumericalFailure:  # the line search has to know that the step is too long
+        return {"format": FORMAT, "finite": False}
+    values = {name: tensor.tolist() for name, tensor in scores.tensors().items()}
+    return {"format": FORMAT, "finite": True, "scores": values}
+
+
+def _from_json(answer: Mapping[str, Any], expected: Scores) -> Scores:
+    """Return what `work_on` measured; ``expected`` are scores of the same rows.
+
+    Raises:
+        FormatMismatch: another version of the worker did.
+        NumericalFailure: some of it is not finite.
+        ChecksumMismatch: it is not of these rows.
+    """
+    check_format(answer.get("format"), "a shard's scores")
+    if answer.get("finite") is False:
+        raise NumericalFailure("a log-probability is not finite after this step")
+    values: Mapping[str, list[float]] = answer.get("scores", {})
+    if values.keys() != expected.tensors().keys() or any(
+        len(one) != len(expected.chosen_logps) for one in values.values()
+    ):
+        raise ChecksumMismatch("a shard's scores are not of the rows that were asked for")
+    return Scores(
+        **{name: torch.tensor(values[name], dtype=tensor.dtype) for name, tensor in expected.tensors().items()}
+    )
