@@ -159,11 +159,8 @@ def commit_of(hub_id: str, revision: str | None) -> str | None:
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    """Return where a module computes; a hook of accelerate may keep its weights elsewhere meanwhile."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if device is None:
-        return module.weight.device  # type: ignore[return-value]  # embeddings and heads have a weight
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    """Return where embeddings or a head compute."""
+    return module.weight.device  # type: ignore[return-value]  # both have a weight
 
 
 def layer_sizes(module: nn.Module) -> tuple[int, int]:
