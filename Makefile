@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format openapi env deploy-check clean
+.PHONY: help setup demo cluster test check format openapi env deploy-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +23,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup ## the whole product on a real model: serve, upload, submit, pull, load, compare (MODEL=, DATA=, EVAL=)
 	$(BIN)/python examples/demo.py
+
+cluster: setup ## the whole stack without Docker, until Ctrl-C; CHECK=1 runs one job through it and stops
+	$(BIN)/python -m cluster $(if $(CHECK),--check)
 
 test: setup ## all tests
 	$(BIN)/python -m pytest
