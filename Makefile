@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo cluster test check format openapi env deploy-check clean
+.PHONY: help setup demo bench cluster test check format openapi env deploy-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ cluster: setup ## the whole stack without Docker, until Ctrl-C; CHECK=1 runs one
 
 test: setup ## all tests
 	$(BIN)/python -m pytest
+
+bench: setup ## the pass against its limit and its peers; about 15 minutes on two cores
+	$(BIN)/python -m bench.statistics
 
 check: setup ## format, lint, types, arrows, OpenAPI unchanged
 	$(BIN)/ruff format --check .
