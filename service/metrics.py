@@ -30,7 +30,7 @@ class QueueCollector(Collector):
         oldest = GaugeMetricFamily("d2lora_oldest_free_seconds", "Wait of the oldest free unit", labels=["queue"])
         for queue, seconds in census.oldest_free_seconds.items():
             oldest.add_metric([queue], seconds)
-        failed = CounterMetricFamily("d2lora_failed_jobs", "Failed jobs", labels=["code"])
+        failed = CounterMetricFamily("d2lora_failures", "Failed jobs", labels=["code"])
         for code, count in census.failed.items():
             failed.add_metric([code], count)
         yield units
