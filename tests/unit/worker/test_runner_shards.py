@@ -11,8 +11,8 @@ from d2lora.errors import DeviceFailure, FormatMismatch, FormatOutdated, Numeric
 from d2lora.initializations import Phase, State
 from d2lora.shards import EvaluationTask, StatisticsTask
 from tests.unit.worker.test_runner import SETTINGS, job, storage, store, write_result  # noqa: F401
-from worker.exchange import ShardOutput, Split
 from worker.runner import Recycle, Runner
+from worker.units import ShardOutput, Split
 
 SHARDS = 3
 
@@ -49,7 +49,7 @@ class ShardedWork:
         assert plan.read_text() == "plan"
         files = list(shards)
         assert [shard.rows.read_text() for shard in files] == ["0", "1", "2"]
-        assert [shard.statistics[0].read_text() for shard in files] == ["sum of 0", "sum of 1", "sum of 2"]
+        assert [shard.sums[0].read_text() for shard in files] == ["sum of 0", "sum of 1", "sum of 2"]
         directions = {}
         for fold in range(4):
             directions[f"direction-{fold}"] = out / f"direction-{fold}"
