@@ -7,7 +7,7 @@ decides what there is to do, so a lost or doubled message costs time only.
 from typing import Any, Self
 
 from celery import Celery
-from kombu.exceptions import ChannelError, OperationalError
+from kombu.exceptions import OperationalError
 
 from d2lora.errors import BrokerUnavailable
 from d2lora.settings import BrokerSettings
@@ -54,7 +54,8 @@ class Publisher:
     def __init__(self, broker: BrokerSettings) -> None:
         self._app = Celery("d2lora", set_as_current=False)
         self._app.conf.update(celery_settings(broker, visibility_seconds=3600))
-        # Without its own retries, a broker that is away costs this process no more than a refused connection.
+        # The outbox is our retry: a broker that is away should cost no more than a refused connection.
+        self._app.conf.broker_transport_options |= {"max_retries": 1, "interval_start": 0, "interval_max": 0.1}
         self._connection = self._app.connection_for_write()
 
     def __enter__(self) -> Self:
@@ -93,9 +94,8 @@ class Publisher:
             BrokerUnavailable: it does not answer.
         """
         try:
-            declared = self._connection.default_channel.queue_declare(queue, passive=True)
-        except ChannelError:  # a list that is empty does not exist in Redis
-            return 0
+            # Not passively: kombu 5.7 looks for the list without our prefix then, and finds none.
+            declared = self._connection.default_channel.queue_declare(queue)
         except (OperationalError, OSError, *self._connection.connection_errors) as error:
             self._reconnect()
             raise BrokerUnavailable("the broker cannot be reached") from error

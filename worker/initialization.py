@@ -19,13 +19,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from d2lora.datasets import DatasetFile, read_rows
-from d2lora.errors import ChecksumMismatch, OutOfMemory, StorageFull
+from d2lora.errors import ChecksumMismatch, DeviceFailure, OutOfMemory, StorageFull
 from d2lora.initializations import InitializationSpec, Phase, Result
 from d2lora.settings import WorkerSettings
 from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
 from worker import models
 from worker.adapters import write_adapter
 from worker.data import Example, encode_rows
+from worker.devices import is_device_failure
 from worker.evaluation import evaluate
 from worker.evidence import Intake, intake, make_report
 from worker.model_cache import Loader
@@ -45,7 +46,7 @@ ROWS = "rows.safetensors"
 
 @contextmanager
 def _translated_errors() -> Iterator[None]:
-    """Turn exhausted memory and disks into our errors, whichever library noticed."""
+    """Turn exhausted memory and disks, and broken accelerators, into our errors, whichever library noticed."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -55,6 +56,8 @@ def _translated_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise OutOfMemory("memory is used up; lower max_tokens_per_batch or r, or use a larger machine") from error
+        if is_device_failure(error):
+            raise DeviceFailure("the accelerator failed; another process has to try again") from error
         raise
 
 

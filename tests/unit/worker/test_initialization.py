@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from d2lora.datasets import DatasetFile, Format
-from d2lora.errors import ObjectiveUnavailable, RowsTooLong, StorageFull
+from d2lora.errors import DeviceFailure, ObjectiveUnavailable, RowsTooLong, StorageFull
 from d2lora.initializations import Dpo, InitializationSpec, LoraSpec
 from d2lora.settings import WorkerSettings
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_tokenizer
@@ -173,4 +173,14 @@ def test_a_full_disk_is_reported_as_such(base_model, tmp_path, monkeypatch):
     monkeypatch.setattr("worker.sketch_files.os.pwrite", full)
 
     with pytest.raises(StorageFull):
+        run(base_model, write_rows(tmp_path / "rows.jsonl", 3), tmp_path / "out")
+
+
+def test_a_broken_accelerator_is_reported_as_such(base_model, tmp_path, monkeypatch):
+    def broken(*_arguments, **_named):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("worker.statistics._forward_and_backward", broken)
+
+    with pytest.raises(DeviceFailure):
         run(base_model, write_rows(tmp_path / "rows.jsonl", 3), tmp_path / "out")
