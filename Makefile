@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench cluster test check format openapi env deploy-check clean
+.PHONY: help setup demo bench cluster test check format openapi env deploy-check compose-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,5 +53,8 @@ env: ## write .env with fresh secrets for docker compose (needs Python alone)
 deploy-check: setup ## lint, render and hold to schemas and assertions: chart, compose file, Dockerfiles
 	$(BIN)/python -m deploy.check
 
+compose-check: setup ## build the images, start the compose file over podman, run a job (root; INSTALL=--install for apt)
+	$(BIN)/python -m deploy.compose_check $(INSTALL)
+
 clean: ## remove what the targets made
-	rm -rf $(VENV) .tools demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .tools .compose-check demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
