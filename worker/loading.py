@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from d2lora.errors import ModelUnsupported
 from d2lora.initializations import Quantization
@@ -41,12 +41,13 @@ def loading_plan(
         full = dtype if isinstance(dtype, torch.dtype) else torch.float32
         free = free_bytes(target)
         rooms = spread(int(parameters_of(base_model) or 0) * full.itemsize, free) if len(free) > 1 else None
-        return LoadingPlan(None, {} if rooms is None else {"device_map": "auto", "max_memory": rooms})
+        arguments: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)}
+        return LoadingPlan(None, arguments | ({} if rooms is None else {"device_map": "auto", "max_memory": rooms}))
     _refuse_encoder_decoder(config)
     stored = stored_quantization(config, base_model)
     check_request(quantization, stored, base_model)
     full = dtype if isinstance(dtype, torch.dtype) else config.get_text_config().dtype or torch.float32
-    arguments: dict[str, Any] = {}
+    arguments = {}
     if stored is not None:
         arguments = {"device_map": {"": target}}
     elif quantization is not None:

@@ -1,5 +1,10 @@
 """Spread models: accelerate's hooks run for real, on the one device that every machine has."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import dispatch_model
@@ -139,3 +144,26 @@ def test_a_model_of_which_a_part_would_stay_on_disk_is_refused(monkeypatch, chec
 
     with pytest.raises(OutOfMemory, match="does not fit on the devices"):
         load(checkpoint, revision=None, dtype="float32", device="cpu")
+
+
+def test_compiled_code_from_a_hub_is_never_fetched(tmp_path):
+    """A package of the name that the libraries ask for would leave a mark."""
+    (tmp_path / "kernels.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'mark')!r}).touch()\ndef get_kernel(*_, **__): raise OSError\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path.cwd())])}
+
+    for code, marked in (("import worker.models, peft, bitsandbytes", False), ("import kernels", True)):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "mark").exists() == marked
+        assert "kernels" not in done.stderr
+
+
+def test_a_gguf_files_weights_are_unpacked_whatever_else_is_installed():
+    plan = loading_plan("model.gguf", None, dtype="auto", target=torch.device("cpu"), quantization=None)
+
+    assert plan.quantization is None
+    assert plan.arguments["quantization_config"].dequantize
