@@ -43,7 +43,7 @@ def test_a_message_carries_an_id_and_no_pickle_under_our_own_prefix(publisher, v
 
     with redis.Redis(port=valkey.port, password=valkey.password) as client:
         message = json.loads(client.lindex(f"{KEY_PREFIX}cpu", 0))
-        assert all(key.startswith(KEY_PREFIX.encode()) for key in client.keys())
+        assert all(key.startswith(KEY_PREFIX.encode()) for key in client.scan_iter())
     assert message["content-type"] == "application/json"
     assert "init_1" in message["headers"]["kwargsrepr"]
     assert len(json.dumps(message)) < 1500  # docs/operating.md counts on it
