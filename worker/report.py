@@ -13,6 +13,9 @@ from d2lora import __version__
 from d2lora.initializations import Frozen, InitializationSpec, ResultSummary
 from worker.sketching import LowRank
 
+_LIBRARIES = ("torch", "transformers", "peft", "torchjd", "safetensors", "bitsandbytes")
+"""Those whose version may change the numbers."""
+
 
 class ObjectiveReport(Frozen):
     """One objective that took part."""
@@ -144,7 +147,7 @@ def round_to(value: float, digits: int = 6) -> float:
 
 def versions() -> dict[str, str]:
     """Return the versions of everything that takes part in the numbers."""
-    libraries = {name: version(name) for name in ("torch", "transformers", "peft", "torchjd", "safetensors")}
+    libraries = {name: version(name) for name in _LIBRARIES}
     return {"d2lora": __version__, "python": platform.python_version(), **libraries}
 
 
