@@ -9,8 +9,10 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event, func, make_url, select
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
+from d2lora.errors import StoreUnavailable
 from d2lora.settings import DatabaseSettings
 
 _BUSY_MILLISECONDS = 30_000
@@ -45,16 +47,33 @@ def open_engine(settings: DatabaseSettings) -> Engine:
 
 
 @contextmanager
+def _translated() -> Iterator[None]:
+    """Turn the driver's errors about a database that is away into ours; nobody else looks at them."""
+    try:
+        yield
+    except (OperationalError, InterfaceError) as error:
+        raise StoreUnavailable("the database cannot be reached, or broke the transaction off") from error
+
+
+@contextmanager
 def writing(engine: Engine) -> Iterator[Session]:
-    """Run a block in one transaction that may write; it commits at the end and rolls back when it raises."""
-    with Session(engine.execution_options(write=True)) as session, session.begin():
+    """Run a block in one transaction that may write; it commits at the end and rolls back when it raises.
+
+    Raises:
+        StoreUnavailable: the database is away; if it went during the commit, this may have happened or not.
+    """
+    with _translated(), Session(engine.execution_options(write=True)) as session, session.begin():
         yield session
 
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Session]:
-    """Run a block in one transaction that only reads."""
-    with Session(engine) as session, session.begin():
+    """Run a block in one transaction that only reads.
+
+    Raises:
+        StoreUnavailable: the database is away.
+    """
+    with _translated(), Session(engine) as session, session.begin():
         yield session
 
 

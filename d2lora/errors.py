@@ -33,6 +33,7 @@
         ├── OutOfMemory             500  one row alone does not fit
         ├── StorageFull             507
         ├── StorageUnavailable      503  (retried)
+        ├── StoreUnavailable        503  the database (retried)
         ├── BrokerUnavailable       503  wake-ups wait in the outbox
         ├── ChecksumMismatch        500  bytes read are not the bytes written
         ├── DeviceFailure           503  the accelerator is broken until its process ends (retried)
@@ -247,6 +248,10 @@ class StorageFull(JobError):
 
 class StorageUnavailable(JobError):
     code, status, title, retryable = "storage_unavailable", 503, "The storage cannot be reached", True
+
+
+class StoreUnavailable(JobError):
+    code, status, title, retryable = "store_unavailable", 503, "The database cannot be reached", True
 
 
 class BrokerUnavailable(JobError):

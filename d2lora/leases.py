@@ -18,6 +18,8 @@ from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
 from d2lora.tables import InitializationRow, ShardRow
 from d2lora.transitions import add_event, free_job, free_shard, lock, move, wake
 
+_LONGEST_PAUSE = timedelta(minutes=5)
+
 
 class Leases:
     """The verbs of workers."""
@@ -145,11 +147,15 @@ class Leases:
     # Settling
 
     def succeed(self, claim: Claim, result: Result, prefix: str) -> bool:
-        """Settle a job with its result; False if the claim is lost, or the job was to be cancelled and now is."""
+        """Settle a job with its result; False if the claim is lost, or the job was to be cancelled and now is.
+
+        Saying it again is no error: a commit that broke off may have happened or not.
+        """
         with writing(self._engine) as session:
             row = _held(session, claim)
             if row is None:
-                return False
+                again = session.get_one(InitializationRow, claim.id)
+                return again.state == State.SUCCEEDED and again.prefix == prefix
             if row.state == State.CANCELLING:
                 move(session, row, State.CANCELLED)
                 return False
@@ -188,18 +194,21 @@ class Leases:
             return row is not None
 
     def retry(self, claim: Claim | ShardClaim, problem: Problem, *, max_attempts: int, pause: timedelta) -> bool:
-        """Free a job or a shard again after ``pause``, or fail with ``problem`` when its attempts are used up."""
+        """Free a job or a shard again, or fail with ``problem`` when ``max_attempts`` claims of it have been made.
+
+        Such an error is an outage, not the job's fault, so it does not count as a dead worker; the pause doubles with
+        every attempt, up to five minutes.
+        """
         with writing(self._engine) as session:
             row = _job_held_by(session, claim)
             if row is None:
                 return False
             unit = _shard(session, claim) if isinstance(claim, ShardClaim) else row
-            unit.failures += 1
-            if unit.failures >= max_attempts and row.state != State.CANCELLING:
+            if unit.attempt >= max_attempts and row.state != State.CANCELLING:
                 row.error = problem.model_dump(mode="json")
                 move(session, row, State.FAILED)
             else:
-                _free(session, row, claim, pause)
+                _free(session, row, claim, min(pause * 2 ** min(unit.attempt - 1, 16), _LONGEST_PAUSE))
             return True
 
     # Shards
@@ -232,7 +241,8 @@ class Leases:
             if isinstance(claim.task, StatisticsTask):
                 shard.rows_done = claim.task.rows
                 session.flush()
-                left = select(func.count()).select_from(ShardRow).where(ShardRow.initialization_id == row.id)
+                left = select(func.count()).select_from(ShardRow)
+                left = left.where(ShardRow.initialization_id == row.id, ShardRow.kind == claim.task.type)
                 if session.scalar(left.where(ShardRow.outcome.is_(None))) == 0:
                     row.stage, row.lease_until = Stage.BUILD, now(session)
                     add_event(session, row, "gathered", {"attempt": row.attempt})

@@ -117,7 +117,10 @@ class WorkerSettings(BaseSettings):
         default=5.0, gt=0, description="how often a claim is renewed, progress stored, and a wish to cancel seen"
     )
     poll_seconds: float = Field(default=0.5, gt=0, description="pause between two looks for work when idle")
-    max_attempts: int = Field(default=3, ge=1, description="claims of one job before it fails as worker_lost")
+    max_attempts: int = Field(default=3, ge=1, description="workers that may die on a job before it is worker_lost")
+    max_outage_attempts: int = Field(
+        default=12, ge=1, description="claims of a job before an outage fails it, at pauses up to five minutes"
+    )
 
     @property
     def lease(self) -> timedelta:

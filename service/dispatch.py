@@ -11,10 +11,10 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-from d2lora.errors import BrokerUnavailable, D2LoraError
+from d2lora.errors import BrokerUnavailable, D2LoraError, StoreUnavailable
 from d2lora.outbox import Outbox
 from d2lora.queue import Publisher
 from d2lora.settings import BrokerSettings, DispatchSettings
@@ -22,7 +22,7 @@ from d2lora.storage import ObjectStorage, initialization_prefix, shards_prefix
 
 log = logging.getLogger(__name__)
 
-_BROKER_PAUSE_SECONDS = 1.0
+_AWAY_SECONDS = 1.0
 
 
 class Dispatcher:
@@ -33,7 +33,7 @@ class Dispatcher:
     ) -> None:
         self._outbox, self._storage, self._publisher, self._settings = outbox, storage, publisher, settings
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-        self._broker_is_away = False
+        self._away: str | None = None
         self.leads = False
 
     def run(self, stop: threading.Event) -> None:
@@ -52,17 +52,18 @@ class Dispatcher:
                 if time.monotonic() - reconciled > self._settings.reconcile_seconds:
                     reconciled = time.monotonic()
                     self.reconcile()
-                self._broker_is_away = False
-            except BrokerUnavailable:
-                if not self._broker_is_away:
-                    log.warning("broker_unavailable")  # once; nothing is lost, wake-ups stay in the outbox
-                self._broker_is_away = True
-                pause = _BROKER_PAUSE_SECONDS
+                self._away = None
+            except (BrokerUnavailable, StoreUnavailable) as error:
+                if self._away != error.code:
+                    log.warning(error.code)  # once; nothing is lost, what is to be done stays in the database
+                self._away = error.code
+                pause = _AWAY_SECONDS
             except Exception:
                 log.exception("dispatch_failed")
-                pause = _BROKER_PAUSE_SECONDS
+                pause = _AWAY_SECONDS
         if self.leads:
-            self._outbox.resign(self._holder)
+            with suppress(StoreUnavailable):
+                self._outbox.resign(self._holder)
 
     def publish(self) -> int:
         """Publish what is due and return how many; one that is published twice claims nothing the second time."""

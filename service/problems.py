@@ -11,7 +11,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from d2lora.errors import D2LoraError, InternalError, Problem, ProblemItem, RequestInvalid, Unauthorized
+from d2lora.errors import (
+    D2LoraError,
+    InternalError,
+    Problem,
+    ProblemItem,
+    RequestInvalid,
+    StoreUnavailable,
+    Unauthorized,
+)
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +96,8 @@ _UNION_TAGS = {"sft", "dpo", "orpo", "mgda", "upgrad", "imtl_g", "mean", "fixed"
 def responses(*errors: type[D2LoraError]) -> dict[int | str, dict[str, Any]]:
     """Return OpenAPI's description of the errors that an operation may answer with."""
     by_status: dict[int | str, list[type[D2LoraError]]] = {}
-    every: list[type[D2LoraError]] = list(dict.fromkeys([*errors, RequestInvalid, Unauthorized, InternalError]))
-    for error in every:
+    everywhere: list[type[D2LoraError]] = [RequestInvalid, Unauthorized, InternalError, StoreUnavailable]
+    for error in dict.fromkeys([*errors, *everywhere]):
         by_status.setdefault(error.status, []).append(error)
     return {
         status: {

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from d2lora.database import migrate
 from d2lora.datasets import DatasetFile, Format
-from d2lora.errors import D2LoraError, InternalError, RequestInvalid
+from d2lora.errors import D2LoraError, InternalError, RequestInvalid, StoreUnavailable
 from d2lora.initializations import InitializationSpec, Phase, Progress, Result
 from d2lora.settings import BrokerSettings, DatabaseSettings, WorkerSettings
 from worker.heartbeat import heartbeat_file, is_fresh
@@ -75,8 +75,8 @@ def serve(runner: Runner) -> int:
         except Recycle:
             log.warning("worker_recycled")
             return 1  # whoever runs this process starts a fresh one
-        except Exception:
-            log.exception("store_unreachable")  # the lease covers whatever was claimed
+        except StoreUnavailable:
+            log.warning("store_unavailable")
             worked = False
         if not worked:
             runner.stop.wait(runner.settings.poll_seconds)

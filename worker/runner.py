@@ -9,13 +9,21 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from d2lora.claims import Claim, Outcome, Plan, ShardClaim, Standing
-from d2lora.errors import D2LoraError, DeviceFailure, FormatMismatch, FormatOutdated, InternalError, OutOfMemory
+from d2lora.errors import (
+    D2LoraError,
+    DeviceFailure,
+    FormatMismatch,
+    FormatOutdated,
+    InternalError,
+    OutOfMemory,
+    StoreUnavailable,
+)
 from d2lora.initializations import Phase, Progress, Result
 from d2lora.leases import Leases
 from d2lora.settings import WorkerSettings
@@ -93,6 +101,9 @@ class Runner:
             outcome = self._settle_stopped(claim, watch)
         except FormatMismatch as error:
             outcome = self._settle_format(claim, error)
+        except StoreUnavailable:
+            log.warning("store_unavailable %s", name)
+            outcome = self._settle(lambda: self.leases.hand_back(claim, pause=self.settings.lease / 3), "handed_back")
         except D2LoraError as error:
             outcome, recycle = self._settle_failed(claim, error), isinstance(error, DeviceFailure)
         except MemoryError:
@@ -122,7 +133,7 @@ class Runner:
             if not isinstance(done, Split):
                 return self._publish(claim, done, files)
             plan, shards = files.put_split(claim, done)
-        return "split" if self.leases.split(claim, plan, shards) else "superseded"
+        return self._settle(lambda: self.leases.split(claim, plan, shards), "split")
 
     def _do_shard(self, claim: ShardClaim, files: Files, watch: _Watch) -> str:
         with self._heartbeat(claim, watch):
@@ -131,7 +142,7 @@ class Runner:
                 files.get(file)
             output = self.work.run_shard(claim.spec, claim.task, files.directory, progress)
             outcome = Outcome(files=files.put_shard(claim, output.files), scores=output.scores)
-        return "finished" if self.leases.finish_shard(claim, outcome) else "superseded"
+        return self._settle(lambda: self.leases.finish_shard(claim, outcome), "finished")
 
     def _build(self, claim: Claim, plan: Plan, files: Files, watch: _Watch) -> str:
         with self._heartbeat(claim, watch):
@@ -170,17 +181,17 @@ class Runner:
         try:
             with self._heartbeat(shard, own):
                 output = self.work.run_shard(shard.spec, shard.task, directory, progress)
-            self.leases.finish_shard(shard, Outcome(scores=output.scores))
+            self._settle(lambda: self.leases.finish_shard(shard, Outcome(scores=output.scores)), "finished")
         except _TakenOver:
             log.info("taken_over %s", _name(shard))
 
     def _publish(self, claim: Claim, result: Result, files: Files) -> str:
         prefix = initialization_prefix(claim.tenant, claim.id, claim.attempt)
         publish(result, files.directory, self.storage, prefix)
-        if self.leases.succeed(claim, result, prefix):
-            return "succeeded"
-        self.storage.delete_prefix(prefix)
-        return "superseded"
+        outcome = self._settle(lambda: self.leases.succeed(claim, result, prefix), "succeeded")
+        if outcome == "lost":
+            self.storage.delete_prefix(prefix)
+        return outcome
 
     def _progress(self, claim: Claim | ShardClaim, watch: _Watch) -> OnProgress:
         def on_progress(phase: Phase, done: int, total: int) -> None:
@@ -197,8 +208,8 @@ class Runner:
             watch.asked = time.monotonic()
             try:
                 watch.standing = self.leases.standing(claim)
-            except Exception:
-                log.exception("standing_unknown %s", _name(claim))  # the heartbeat decides how long that is bearable
+            except StoreUnavailable:
+                log.warning("standing_unknown %s", _name(claim))  # the heartbeat decides how long that is bearable
         if self.stop.is_set() or watch.standing is not Standing.HELD:
             raise Stopped
 
@@ -213,8 +224,9 @@ class Runner:
                 try:
                     watch.standing = self.leases.renew(claim, lease=self.settings.lease, progress=watch.progress)
                     renewed = time.monotonic()
-                except Exception:
-                    log.exception("heartbeat_failed %s", _name(claim))
+                except Exception as error:  # whatever it is, this thread has to go on
+                    known = isinstance(error, StoreUnavailable)
+                    log.warning("heartbeat_failed %s", _name(claim), exc_info=not known)
                     if time.monotonic() - renewed > self.settings.lease_seconds:
                         watch.standing = Standing.LOST  # somebody else may hold it by now
                 if watch.standing is Standing.LOST:
@@ -233,26 +245,38 @@ class Runner:
             return "lost"
         if watch.standing is Standing.CANCELLING:
             assert isinstance(claim, Claim)
-            return "cancelled" if self.leases.cancelled(claim) else "lost"
+            return self._settle(lambda: self.leases.cancelled(claim), "cancelled")
         assert self.stop.is_set()
-        return "handed_back" if self.leases.hand_back(claim) else "lost"
+        return self._settle(lambda: self.leases.hand_back(claim), "handed_back")
 
     def _settle_format(self, claim: Claim | ShardClaim, error: FormatMismatch) -> str:
         """During an upgrade: an older version leaves a newer one's files to it, a newer one begins the job anew."""
         log.warning("format_mismatch %s: %s", _name(claim), error.detail)
         if isinstance(error, FormatOutdated):
-            return "restarted" if self.leases.restart(claim) else "lost"
-        return "handed_back" if self.leases.hand_back(claim, pause=self.settings.lease / 3) else "lost"
+            return self._settle(lambda: self.leases.restart(claim), "restarted")
+        return self._settle(lambda: self.leases.hand_back(claim, pause=self.settings.lease / 3), "handed_back")
 
     def _settle_failed(self, claim: Claim | ShardClaim, error: D2LoraError) -> str:
         problem = error.problem()
         log.warning("failed %s code=%s", _name(claim), problem.code)
         if not error.retryable:
-            return "failed" if self.leases.fail(claim, problem) else "lost"
-        settled = self.leases.retry(
-            claim, problem, max_attempts=self.settings.max_attempts, pause=self.settings.lease / 3
-        )
-        return "retrying" if settled else "lost"
+            return self._settle(lambda: self.leases.fail(claim, problem), "failed")
+        attempts, pause = self.settings.max_outage_attempts, self.settings.lease / 3
+        return self._settle(lambda: self.leases.retry(claim, problem, max_attempts=attempts, pause=pause), "retrying")
+
+    def _settle(self, verb: Callable[[], bool], outcome: str) -> str:
+        """Return ``outcome``, or "lost" if the claim no longer counted; a database that is away is waited for.
+
+        When the wait takes longer than the lease, the lease settles the unit.
+        """
+        end = time.monotonic() + self.settings.lease_seconds
+        while True:
+            try:
+                return outcome if verb() else "lost"
+            except StoreUnavailable:
+                if time.monotonic() > end:
+                    return "abandoned"
+                time.sleep(_STANDING_SECONDS)
 
 
 class _TakenOver(BaseException):

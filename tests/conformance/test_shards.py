@@ -122,6 +122,14 @@ def test_a_retried_shard_waits_and_gives_up_in_the_end(store, spec):
     assert state_of(store, other) is State.FAILED
 
 
+def test_an_outage_is_no_death_of_a_worker(store, spec):
+    split(store, spec, count=1)
+    for _ in range(3):
+        store.leases.retry(take(store, max_attempts=1), PROBLEM, max_attempts=9, pause=timedelta(0))
+
+    assert take(store, max_attempts=1).attempt == 4
+
+
 def test_a_shard_that_is_handed_back_is_free_at_once_and_wakes_somebody(store, spec):
     split(store, spec, count=1)
     shard = take(store)

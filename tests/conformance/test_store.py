@@ -6,8 +6,9 @@ from datetime import timedelta
 import pytest
 
 from d2lora.claims import Standing
-from d2lora.errors import Conflict, IdempotencyMismatch, NotFound, NumericalFailure, RequestInvalid
+from d2lora.errors import Conflict, IdempotencyMismatch, NotFound, NumericalFailure, RequestInvalid, StoreUnavailable
 from d2lora.initializations import HeldOut, InitializationSpec, Phase, Progress, Result, ResultSummary, State
+from d2lora.settings import DatabaseSettings
 from d2lora.store import Store
 from d2lora.tables import Table
 from tests.conformance.conftest import add_dataset
@@ -406,3 +407,19 @@ def test_the_migrations_make_the_tables_that_the_store_uses(store):
         difference = compare_metadata(MigrationContext.configure(connection), Table.metadata)
 
     assert difference == []
+
+
+def test_saying_a_success_again_is_no_error_and_another_attempts_is(store, spec):
+    """A commit that broke off may have happened: who says it again must not take its own files for leftovers."""
+    store.create("acme", spec)
+    late = claim(store, lease=OVER)
+    held = claim(store)
+    assert store.leases.succeed(held, RESULT, "prefix-2/")
+
+    assert store.leases.succeed(held, RESULT, "prefix-2/")
+    assert not store.leases.succeed(late, RESULT, "prefix-1/")
+
+
+def test_a_database_that_is_away_is_said_to_be():
+    with pytest.raises(StoreUnavailable), Store(DatabaseSettings(url="postgresql+psycopg://nobody@127.0.0.1:1/x")) as s:
+        s.ping()

@@ -10,7 +10,7 @@ import pytest
 
 from d2lora.database import migrate
 from d2lora.datasets import Dataset
-from d2lora.errors import NotFound, NumericalFailure, StorageFull, StorageUnavailable
+from d2lora.errors import NotFound, NumericalFailure, StorageFull, StorageUnavailable, StoreUnavailable
 from d2lora.initializations import InitializationSpec, Phase, Result, ResultFile, ResultSummary, State
 from d2lora.settings import DatabaseSettings, WorkerSettings
 from d2lora.storage import LocalStorage, dataset_key
@@ -161,7 +161,7 @@ def test_an_error_becomes_the_jobs_problem_and_leaves_no_file(store, storage, jo
 
 
 def test_a_storage_that_is_away_is_tried_again_and_then_given_up(store, storage, job):
-    settings = SETTINGS.model_copy(update={"lease_seconds": 0.3})
+    settings = SETTINGS.model_copy(update={"lease_seconds": 0.3, "max_outage_attempts": 2})
 
     run(store, storage, failing_build(StorageUnavailable("away")), settings=settings)
     assert store.get("acme", job.id).state is State.QUEUED
@@ -169,6 +169,38 @@ def test_a_storage_that_is_away_is_tried_again_and_then_given_up(store, storage,
     run(store, storage, failing_build(StorageUnavailable("away")), settings=settings)
 
     assert store.get("acme", job.id).error.code == "storage_unavailable"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_database_that_breaks_off_at_the_last_word_loses_no_result(store, storage, job, when, monkeypatch):
+    succeed, calls = store.leases.succeed, []
+
+    def flaky(*arguments):
+        calls.append(arguments)
+        if when == "after" or len(calls) > 1:
+            settled = succeed(*arguments)
+        if len(calls) == 1:
+            raise StoreUnavailable("away")
+        return settled
+
+    monkeypatch.setattr(store.leases, "succeed", flaky)
+
+    run(store, storage, good_build)
+
+    done = store.get("acme", job.id)
+    assert (done.state, len(calls)) == (State.SUCCEEDED, 2)
+    assert stored_files(storage) == {file.name for file in done.result.files}
+
+
+def test_a_database_that_is_away_during_the_work_fails_no_job(store, storage, job):
+    settings = SETTINGS.model_copy(update={"lease_seconds": 0.3})
+    run(store, storage, failing_build(StoreUnavailable("away")), settings=settings)
+    assert store.get("acme", job.id).state is State.QUEUED
+    time.sleep(0.2)
+
+    run(store, storage, good_build)
+
+    assert store.get("acme", job.id).state is State.SUCCEEDED
 
 
 class FullStorage(LocalStorage):
