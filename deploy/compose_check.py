@@ -164,13 +164,19 @@ def exercise(tally: Tally, podman: Podman, compose: Compose) -> str:
         metrics = httpx.get(f"http://127.0.0.1:{compose.ports['METRICS']}/metrics", follow_redirects=True).text
         tally.check("d2lora_leader" in metrics and "d2lora_units" in metrics, "metrics are served")
 
-        compose.run("down", "--timeout", "60")
+        begun = time.monotonic()
+        compose.run("stop", "worker", "service")
+        stopped = time.monotonic() - begun
+        codes = {one["Service"]: one["ExitCode"] for one in compose.containers() if one["Service"] in OURS.values()}
+        tally.equal(codes, {"worker": 0, "service": 0}, "worker and service end by themselves when told to stop")
+        compose.run("down")
         again = compose.up()
         tally.equal(client.get(job.id).state, State.SUCCEEDED, "the job is remembered after a restart of everything")
         second = _pull(tally, client, job.id, DIRECTORY / "adapter-again")
         tally.equal(second, first, "the adapter is the same after a restart of everything")
     return (
-        f"{len(states)} services up in {seconds:.0f} s and again in {again:.0f} s, 1 job {job.state} in {took:.0f} s, "
+        f"{len(states)} services up in {seconds:.0f} s and again in {again:.0f} s, stopped in {stopped:.0f} s, "
+        f"1 job {job.state} in {took:.0f} s, "
         f"{len(first)} files with their checksums"
     )
 

@@ -149,7 +149,7 @@ class Podman:
             Path(self.socket.removeprefix("unix://")).unlink(missing_ok=True)
 
     def _check_health(self, stop: threading.Event) -> None:
-        while not stop.wait(1):
+        while not stop.wait(3):
             with contextlib.suppress(RuntimeError):
                 for container in self.run("podman", "ps", "--quiet").split():
                     # An unhealthy container says so by its exit code.
