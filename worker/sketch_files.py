@@ -109,7 +109,10 @@ class SketchFile:
         stored = os.pread(self._file.fileno(), end - start, self._offset + start)
         summed: np.ndarray[Any, Any] = np.frombuffer(stored, dtype=_DTYPES[entry["dtype"]])
         summed = summed + part.ravel()
-        os.pwrite(self._file.fileno(), summed.tobytes(), self._offset + start)
+        left, place = memoryview(summed.tobytes()), self._offset + start
+        while left:  # a disk that fills up takes a part first, and only then says so
+            written = os.pwrite(self._file.fileno(), left, place)
+            left, place = left[written:], place + written
 
     def finish(self, counts: Counts) -> None:
         """Write what normalizes the sums."""

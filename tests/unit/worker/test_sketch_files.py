@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -45,3 +47,19 @@ def test_the_file_is_ordinary_safetensors(tmp_path):
     assert {name.partition("/")[0] for name in tensors} == set(SHAPES)
     assert tensors["a.wide/range"].shape == (2, 30, 4)
     assert not any(tensor.any() for tensor in tensors.values())
+
+
+def test_a_write_that_takes_only_a_part_is_continued(tmp_path, monkeypatch):
+    matrices = TestMatrices(0, torch.device("cpu"))
+    shape, real = SHAPES["a.wide"], os.pwrite
+    batch = random_batch(shape.out_features, shape.in_features, rows=4, tokens=5, seed=0)
+    expected = Sketch.empty(shape, 3, matrices)
+    expected.add(*batch, paired=True)
+    monkeypatch.setattr("worker.sketch_files.os.pwrite", lambda file, data, place: real(file, data[:100], place))
+
+    with SketchFile(tmp_path / "fold", "sketch", SHAPES, bases=3, matrices=matrices) as file:
+        file.accumulators()["a.wide"].add(*batch, paired=True)
+        file.finish(COUNTS)
+
+    for part, tensor in load(tmp_path / "fold", matrices).layers["a.wide"].tensors().items():
+        assert torch.equal(tensor, expected.tensors()[part])
