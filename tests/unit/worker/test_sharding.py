@@ -73,7 +73,9 @@ def read_rows(dataset):
 
 
 def spec_for(base_model, **changes):
-    return InitializationSpec(**{"base_model": base_model, "dataset_id": "ds", "lora": RANK, **changes})
+    # MGDA's ten thousand steps would take most of the time here.
+    plain = {"base_model": base_model, "dataset_id": "ds", "lora": RANK, "combination": {"type": "mean"}}
+    return InitializationSpec(**plain | changes)
 
 
 def settings_for(shards, tokens):
@@ -136,7 +138,7 @@ FULL_SEQUENCE = [Sft(), {"type": "dpo"}, Orpo(nll="full_sequence")]
 @pytest.mark.parametrize(
     ("model", "changes"),
     [
-        ("llama", {}),
+        ("llama", {"combination": {"type": "mgda"}}),
         ("llama", {"statistics": "exact"}),
         ("llama", {"objectives": FULL_SEQUENCE}),
         ("gpt2", {}),
@@ -473,8 +475,9 @@ def finished(job, shards, tmp_path, *, plan=None, share=None):
         lambda files: [dataclasses.replace(files[0], sums=files[0].sums[1:]), *files[1:]],
         lambda files: [dataclasses.replace(files[0], sums=files[0].sums[:-1]), *files[1:]],
         lambda files: [dataclasses.replace(files[0], sums=files[1].sums), *files[1:]],
+        lambda files: [dataclasses.replace(files[0], rows=files[1].rows), *files[1:]],
     ],
-    ids=["last-missing", "one-missing", "swapped", "doubled", "no-sums", "no-scores", "anothers-sums"],
+    ids=["last-missing", "one-missing", "swapped", "doubled", "no-sums", "no-scores", "anothers-sums", "anothers-rows"],
 )
 def test_shards_that_are_missing_doubled_or_swapped_are_noticed(job, tmp_path, mistake):
     with pytest.raises(ChecksumMismatch):
