@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,7 +66,7 @@ class RealWork:
         self,
         spec: InitializationSpec,
         plan: Path,
-        shards: Sequence[ShardFiles],
+        shards: Iterable[ShardFiles],
         eval_dataset: DatasetFile | None,
         out: Path,
         share: Share,

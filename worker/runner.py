@@ -147,12 +147,6 @@ class Runner:
     def _build(self, claim: Claim, plan: Plan, files: Files, watch: _Watch) -> str:
         with self._heartbeat(claim, watch):
             progress = self._progress(claim, watch)
-            shards = []
-            for number, shard in enumerate(claim.shards):
-                progress(Phase.READING, number, len(claim.shards))
-                below = f"shard-{number}"
-                (rows,) = (files.get(file, below) for file in shard.inputs)
-                shards.append(ShardFiles(rows, [files.get(file, below) for file in shard.outcome.files]))
             share = Sharing(
                 claim,
                 self.leases,
@@ -164,9 +158,19 @@ class Runner:
             )
             evaluation = files.dataset(claim.eval_dataset)
             plan_file = files.get(plan)
+            shards = self._shards(claim, files, progress)
             result = self.work.finish(claim.spec, plan_file, shards, evaluation, files.directory, share, progress)
             progress(Phase.PUBLISHING, 0, 1)
             return self._publish(claim, result, files)
+
+    def _shards(self, claim: Claim, files: Files, progress: OnProgress) -> Iterator[ShardFiles]:
+        """Give a job's shards one by one; a shard's files are gone once the next is asked for."""
+        for number, shard in enumerate(claim.shards):
+            progress(Phase.READING, number, len(claim.shards))
+            below = f"shard-{number}"
+            (rows,) = (files.get(file, below) for file in shard.inputs)
+            yield ShardFiles(rows, [files.get(file, below) for file in shard.outcome.files])
+            shutil.rmtree(files.directory / below)
 
     def _help(self, shard: ShardClaim, directory: Path, claim: Claim, watch: _Watch) -> None:
         """Do a shard of the builder's own job; if somebody else has taken it over, they finish it."""

@@ -3,7 +3,7 @@
 Torch-free, so that the runner is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -74,10 +74,13 @@ class Work(Protocol):
         self,
         spec: InitializationSpec,
         plan: Path,
-        shards: Sequence[ShardFiles],
+        shards: Iterable[ShardFiles],
         eval_dataset: DatasetFile | None,
         out: Path,
         share: Share,
         on_progress: OnProgress,
     ) -> Result:
-        """Write the adapter's files into a directory, from the shards' sums."""
+        """Write the adapter's files into a directory, from the shards' sums.
+
+        ``shards`` are in order; the files of one are there until the next is asked for.
+        """
