@@ -14,8 +14,9 @@ def main() -> int:
     tools = fetch()
     start = time.monotonic()
     tally = Tally()
-    rendered = chart.check(tally, tools)
+    rendered: dict[str, list[manifests.Manifest]] = {}
     for part in (
+        lambda: rendered.update(chart.check(tally, tools)),
         lambda: manifests.check(tally, rendered),
         lambda: policies.check(tally, rendered),
         lambda: composition.check(tally, tools),
