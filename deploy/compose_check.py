@@ -59,7 +59,7 @@ def main() -> int:
         left = podman.run("podman", "ps", "--all", "--quiet").split()
         tally.none(left + podman.run("podman", "volume", "ls", "--quiet").split(), "containers and volumes left behind")
     for image in (BASE, *STANDINS):
-        print(f"substitute: {image} was built here from Debian's packages, not pulled")
+        print(f"substitute: {image} was built here by deploy/podman.py, not pulled")
     print(
         f"compose-check: {tally} ({built}, {len(STANDINS) + 1} images substituted; {figures}) "
         f"in {time.monotonic() - start:.0f} s"
