@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from d2lora.errors import Problem
 
@@ -24,11 +24,49 @@ class Sft(Frozen):
     type: Literal["sft"] = "sft"
 
 
+DpoLoss = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+]
+"""TRL's ``loss_type`` of these names; docs/method.md, section 1, says why the others are not among them."""
+
+_SMOOTHED = frozenset({"robust", "exo_pair"})
+
+
 class Dpo(Frozen):
-    """Sigmoid DPO with the base model as its reference (arXiv:2305.18290, eq. 7)."""
+    """A DPO loss with the base model as its reference, by default sigmoid (arXiv:2305.18290, eq. 7)."""
 
     type: Literal["dpo"] = "dpo"
-    beta: float = Field(default=0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    loss_type: DpoLoss = Field(
+        default="sigmoid", description="named as in TRL; sigmoid_norm and ipo take the mean over tokens"
+    )
+    label_smoothing: float | None = Field(
+        default=None,
+        gt=0,
+        lt=0.5,
+        description="for robust, the probability that a label is flipped; for exo_pair, its epsilon; else omitted",
+        validate_default=True,
+    )
+
+    @field_validator("label_smoothing")
+    @classmethod
+    def _label_smoothing_fits_the_loss(cls, value: float | None, info: ValidationInfo) -> float | None:
+        loss = info.data.get("loss_type")
+        if loss in _SMOOTHED and value is None:
+            raise ValueError(f"loss_type {loss} needs it")
+        if loss is not None and loss not in _SMOOTHED and value is not None:
+            raise ValueError(f"loss_type {loss} has none; {' and '.join(sorted(_SMOOTHED))} do")
+        return value
 
 
 class Orpo(Frozen):

@@ -22,7 +22,9 @@ _OPTIONS: dict[str, Any] = {
     "use_rslora": Annotated[bool | None, typer.Option("--use-rslora", help="scale by alpha / sqrt(r)")],
     "objective": Annotated[
         list[str] | None,
-        typer.Option(help="sft, dpo, orpo, or dpo:beta=0.2; repeatable (default: all that the rows allow)"),
+        typer.Option(
+            help="sft, dpo, orpo, or dpo:loss_type=ipo,beta=0.2; repeatable (default: all that the rows allow)"
+        ),
     ],
     "start": Annotated[str | None, typer.Option(help="calibrated or zero (default: calibrated)")],
     "statistics": Annotated[str | None, typer.Option(help="sketch or exact (default: sketch)")],

@@ -1,7 +1,7 @@
 """SFT, DPO and ORPO as weightings of the same per-sequence gradients.
 
 Every objective sees the model only through the summed log-probabilities of its sequences, so its gradient is a
-weighted sum of their gradients (docs/method.md, eq. 1). What accumulates over a pass are four un-normalized
+weighted sum of their gradients (docs/method.md, eq. 1). What accumulates over a pass are un-normalized
 *bases*; the objectives follow by a small matrix once all rows are counted, so beta and lambda need no new pass.
 
 Shape legend
@@ -25,6 +25,7 @@ from torch.nn.functional import logsigmoid
 
 from d2lora.errors import ObjectiveUnavailable
 from d2lora.initializations import Dpo, Objective, Orpo, Sft
+from worker.preference_losses import dpo_losses, is_per_token, slopes_at_start
 
 
 class Basis(StrEnum):
@@ -34,6 +35,8 @@ class Basis(StrEnum):
     """Sum of grad L over chosen completions."""
     MARGIN = "margin"
     """Sum of grad (L_chosen - L_rejected)."""
+    MEAN_MARGIN = "mean_margin"
+    """Sum of grad (L_chosen / T_chosen - L_rejected / T_rejected)."""
     ODDS = "odds"
     """Sum of the gradients of log sigmoid(log-odds ratio), ORPO's second term."""
     SEQUENCE = "sequence"
@@ -121,7 +124,9 @@ def bases_of(objectives: Sequence[Objective]) -> tuple[Basis, ...]:
             case Sft():
                 needed += [Basis.LIKELIHOOD]
             case Dpo():
-                needed += [Basis.MARGIN]
+                slopes = slopes_at_start(objective)
+                needed += [Basis.MEAN_MARGIN if is_per_token(objective) else Basis.MARGIN]
+                needed += [Basis.LIKELIHOOD] if slopes.chosen != -slopes.rejected else []
             case Orpo():
                 needed += [Basis.SEQUENCE if objective.nll == "full_sequence" else Basis.LIKELIHOOD, Basis.ODDS]
             case _:
@@ -148,6 +153,9 @@ def sequence_weights(bases: Sequence[Basis], scores: Scores) -> Float[Tensor, "K
                 chosen, rejected = one, zero
             case Basis.MARGIN:
                 chosen, rejected = one, -one
+            case Basis.MEAN_MARGIN:
+                assert scores.rejected_tokens is not None
+                chosen, rejected = one / scores.chosen_tokens, -one / scores.rejected_tokens
             case Basis.ODDS:
                 chosen, rejected = _log_odds_ratio_slopes(scores)
                 flatness = torch.sigmoid(-log_odds_ratio(scores))
@@ -168,8 +176,12 @@ def objective_coefficients(
             case Sft():
                 row[bases.index(Basis.LIKELIHOOD)] = -1.0 / counts.chosen_tokens
             case Dpo():
-                # sigmoid(0) = 1/2: at the start the policy is the reference [1, eq. 7].
-                row[bases.index(Basis.MARGIN)] = -0.5 * objective.beta / counts.rows
+                # With slopes c and r: c L_chosen + r L_rejected = -r (L_chosen - L_rejected) + (c + r) L_chosen.
+                slopes = slopes_at_start(objective)
+                margin = Basis.MEAN_MARGIN if is_per_token(objective) else Basis.MARGIN
+                row[bases.index(margin)] = -slopes.rejected / counts.rows
+                if slopes.chosen != -slopes.rejected:
+                    row[bases.index(Basis.LIKELIHOOD)] = (slopes.chosen + slopes.rejected) / counts.rows
             case Orpo():
                 if objective.nll == "full_sequence":
                     row[bases.index(Basis.SEQUENCE)] = -1.0 / counts.sequence_tokens
@@ -191,7 +203,7 @@ def row_losses(objective: Objective, scores: Scores, reference: Scores) -> Float
         case Sft():
             return _mean_nll(scores.chosen_logps, scores.chosen_tokens)
         case Dpo():
-            return -logsigmoid(objective.beta * (_margin(scores) - _margin(reference)))
+            return dpo_losses(objective, *_log_ratios(scores, reference, per_token=is_per_token(objective)))
         case Orpo():
             odds = -objective.beta * logsigmoid(log_odds_ratio(scores))
             if objective.nll == "completion":
@@ -237,9 +249,15 @@ def _log1mexp(x: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
     return torch.where(x > -0.6931471805599453, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-def _margin(scores: Scores) -> Float[Tensor, " R"]:
+def _log_ratios(
+    scores: Scores, reference: Scores, *, per_token: bool
+) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """Return log(policy / reference) of chosen and rejected, of the whole completions or of their mean token."""
     assert scores.rejected_logps is not None
-    return scores.chosen_logps - scores.rejected_logps
+    assert scores.rejected_tokens is not None
+    assert reference.rejected_logps is not None
+    chosen, rejected = scores.chosen_logps - reference.chosen_logps, scores.rejected_logps - reference.rejected_logps
+    return (chosen / scores.chosen_tokens, rejected / scores.rejected_tokens) if per_token else (chosen, rejected)
 
 
 def _mean_nll(logps: Float[Tensor, " R"], tokens: Int[Tensor, " R"]) -> Float[Tensor, " R"]:

@@ -1,11 +1,12 @@
 """The specification in float64: losses by their definitions, gradients by autograd on the weights themselves.
 
 Slow and obvious on purpose. Nothing here is shared with the worker: full logits, one sequence at a time, no masks, no
-batches, no hooks. Formulas: SFT is the token mean of -log p; DPO is eq. 7 of arXiv:2305.18290 and ORPO eq. 6 of
+batches, no hooks. Formulas: SFT is the token mean of -log p; DPO's are its papers', and ORPO is eq. 6 of
 arXiv:2403.07691.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,16 +39,59 @@ def full_sequence_nll(model: nn.Module, rows: Sequence[ReferenceRow]) -> Tensor:
     return -torch.cat([token_logps(model, row.prompt[:1], row.prompt[1:] + row.chosen) for row in rows]).mean()
 
 
-def dpo_loss(model: nn.Module, reference: nn.Module, rows: Sequence[ReferenceRow], *, beta: float) -> Tensor:
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def cross_entropy(wanted: Sequence[float], given: Sequence[Tensor]) -> Tensor:
+    return -sum(weight * torch.log(p) for weight, p in zip(wanted, given, strict=True))
+
+
+def divergence(given: Sequence[Tensor], wanted: Sequence[float]) -> Tensor:
+    return sum(p * (torch.log(p) - math.log(q)) for p, q in zip(given, wanted, strict=True))
+
+
+DPO_LOSSES: Mapping[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
+    "sigmoid": lambda c, r, beta, e: -torch.log(sigmoid(beta * (c - r))),
+    "sigmoid_norm": lambda c, r, beta, e: -torch.log(sigmoid(beta * (c - r))),
+    "hinge": lambda c, r, beta, e: (1 - beta * (c - r)).clamp(min=0),
+    "ipo": lambda c, r, beta, e: (c - r - 1 / (2 * beta)).square(),
+    "robust": lambda c, r, beta, e: cross_entropy(
+        [(1 - e) / (1 - 2 * e), -e / (1 - 2 * e)], [sigmoid(beta * (c - r)), sigmoid(beta * (r - c))]
+    ),
+    "exo_pair": lambda c, r, beta, e: divergence([sigmoid(beta * (c - r)), sigmoid(beta * (r - c))], [1 - e, e]),
+    "nca_pair": lambda c, r, beta, e: cross_entropy(
+        [1, 0.5, 0.5], [sigmoid(beta * c), sigmoid(-beta * c), sigmoid(-beta * r)]
+    ),
+    "bco_pair": lambda c, r, beta, e: cross_entropy([1, 1], [sigmoid(beta * c), sigmoid(-beta * r)]),
+    "sppo_hard": lambda c, r, beta, e: (c - 1 / (2 * beta)).square() + (r + 1 / (2 * beta)).square(),
+    "apo_zero": lambda c, r, beta, e: 1 - sigmoid(beta * c) + sigmoid(beta * r),
+    "apo_down": lambda c, r, beta, e: sigmoid(beta * c) + 1 - sigmoid(beta * (c - r)),
+}
+"""From the log-ratios of chosen and rejected, beta and label smoothing. Papers, in this order: arXiv:2305.18290;
+2405.14734 with a reference; 2305.10425; 2310.12036, eq. 17; 2403.00409; 2402.00856, eq. 16; 2402.05369; 2404.04656;
+2405.00675, eq. 4.7 with hard labels; 2408.06266, eq. 7 and 8."""
+PER_TOKEN = {"sigmoid_norm", "ipo"}
+
+
+def dpo_loss(
+    model: nn.Module,
+    reference: nn.Module,
+    rows: Sequence[ReferenceRow],
+    *,
+    beta: float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float | None = None,
+) -> Tensor:
     losses = []
     for row in rows:
-        policy = token_logps(model, row.prompt, row.chosen).sum() - token_logps(model, row.prompt, row.rejected).sum()
-        with torch.no_grad():
-            anchor = (
-                token_logps(reference, row.prompt, row.chosen).sum()
-                - token_logps(reference, row.prompt, row.rejected).sum()
-            )
-        losses.append(-torch.log(torch.sigmoid(beta * (policy - anchor))))
+        ratios = []
+        for completion in (row.chosen, row.rejected):
+            with torch.no_grad():
+                anchor = token_logps(reference, row.prompt, completion)
+            ratio = token_logps(model, row.prompt, completion) - anchor
+            ratios.append(ratio.mean() if loss_type in PER_TOKEN else ratio.sum())
+        losses.append(DPO_LOSSES[loss_type](*ratios, beta, label_smoothing or 0.0))
     return torch.stack(losses).mean()
 
 

@@ -56,6 +56,12 @@ def test_options_become_a_request():
     assert spec.seed == 3
 
 
+def test_an_objective_takes_its_fields_by_name():
+    spec = build_spec("m", "ds", options(objective=["dpo:loss_type=robust,label_smoothing=0.2,beta=1"]))
+
+    assert spec.objectives == [Dpo(loss_type="robust", label_smoothing=0.2, beta=1.0)]
+
+
 def test_what_is_not_given_keeps_its_default():
     assert build_spec("m", "ds", options()).model_dump(exclude={"base_model", "dataset_id"}) == {
         **build_spec("other", "other", options()).model_dump(exclude={"base_model", "dataset_id"})

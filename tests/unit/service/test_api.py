@@ -164,6 +164,13 @@ def test_the_request_of_the_documentation_is_accepted(upload, client):
         ({"gama": 1}, "#/gama"),
         ({"objectives": [{"type": "kto"}]}, "#/objectives/0"),
         ({"objectives": [{"type": "sft"}, {"type": "dpo", "beta": -1}]}, "#/objectives/1/beta"),
+        ({"objectives": [{"type": "dpo", "loss_type": "discopop"}]}, "#/objectives/0/loss_type"),
+        ({"objectives": [{"type": "dpo", "loss_type": "robust"}]}, "#/objectives/0/label_smoothing"),
+        ({"objectives": [{"type": "dpo", "label_smoothing": 0.1}]}, "#/objectives/0/label_smoothing"),
+        (
+            {"objectives": [{"type": "dpo", "loss_type": "exo_pair", "label_smoothing": 0.5}]},
+            "#/objectives/0/label_smoothing",
+        ),
         ({"objectives": []}, "#/objectives"),
         ({"combination": {"type": "best"}}, "#/combination"),
         ({"seed": "x"}, "#/seed"),

@@ -1,10 +1,12 @@
-"""Rows, examples and batches for the worker's tests."""
+"""Rows, examples, batches and objectives for the worker's tests."""
 
 import random
+from typing import get_args
 
 import pytest
 import torch
 
+from d2lora.initializations import Dpo, DpoLoss
 from tests.support.models import VOCABULARY
 from tests.support.reference import ReferenceRow
 from worker.data import Example, TokenSequence, make_batches
@@ -32,6 +34,13 @@ def as_examples(rows: list[ReferenceRow]) -> list[Example]:
 
 def one_fold(rows: list[ReferenceRow], *, max_tokens: int = 10_000):
     return make_batches(as_examples(rows), [0] * len(rows), max_tokens=max_tokens, pad_token_id=0)
+
+
+def all_dpo_losses(*, beta: float) -> list[Dpo]:
+    smoothing = {"robust": 0.1, "exo_pair": 1e-3}  # as their papers recommend
+    return [
+        Dpo(beta=beta, loss_type=loss_type, label_smoothing=smoothing.get(loss_type)) for loss_type in get_args(DpoLoss)
+    ]
 
 
 @pytest.fixture(autouse=True)

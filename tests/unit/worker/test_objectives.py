@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from d2lora.errors import ObjectiveUnavailable
 from d2lora.initializations import Dpo, Orpo, Sft
+from tests.unit.worker.conftest import all_dpo_losses
 from worker.objectives import (
     Basis,
     Counts,
@@ -21,6 +22,7 @@ from worker.objectives import (
 )
 
 ALL = [Sft(), Dpo(beta=0.3), Orpo(beta=0.7)]
+DPO_LOSSES = all_dpo_losses(beta=0.3)
 
 
 def random_scores(rows: int, seed: int) -> Scores:
@@ -40,14 +42,15 @@ def autograd_sequence_gradient(objective, scores: Scores) -> torch.Tensor:
 
 
 @settings(max_examples=40, deadline=None)
-@given(rows=st.integers(1, 9), seed=st.integers(0, 10_000))
-def test_the_scalars_are_the_derivatives_of_the_losses(rows, seed):
+@given(rows=st.integers(1, 9), seed=st.integers(0, 10_000), beta=st.floats(0.01, 5.0))
+def test_the_scalars_are_the_derivatives_of_the_losses(rows, seed, beta):
     scores = random_scores(rows, seed)
-    bases = bases_of(ALL)
+    objectives = [*ALL, *all_dpo_losses(beta=beta)]
+    bases = bases_of(objectives)
 
-    weights = objective_coefficients(ALL, bases, count(scores)) @ sequence_weights(bases, scores)
+    weights = objective_coefficients(objectives, bases, count(scores)) @ sequence_weights(bases, scores)
 
-    for row, objective in zip(weights, ALL, strict=True):
+    for row, objective in zip(weights, objectives, strict=True):
         torch.testing.assert_close(row, autograd_sequence_gradient(objective, scores), rtol=1e-9, atol=1e-12)
 
 
@@ -72,13 +75,48 @@ def test_dpo_starts_at_log_two_whatever_the_margin():
     torch.testing.assert_close(losses, torch.full((5,), 2.0, dtype=torch.float64).log())
 
 
-def test_dpo_falls_when_the_margin_grows():
+@pytest.mark.parametrize("objective", DPO_LOSSES, ids=lambda objective: objective.loss_type)
+def test_every_dpo_loss_starts_alike_on_all_rows_and_falls_when_the_margin_grows(objective):
     scores = random_scores(5, 0)
-    better = dataclasses.replace(scores, chosen_logps=scores.chosen_logps + 1)
+    better = dataclasses.replace(
+        scores, chosen_logps=scores.chosen_logps + 0.1, rejected_logps=scores.rejected_logps - 0.1
+    )
 
-    change = row_losses(Dpo(), better, scores) - row_losses(Dpo(), scores, scores)
+    start = row_losses(objective, scores, scores)
 
-    assert (change < 0).all()
+    torch.testing.assert_close(start, start[:1].expand(5))
+    assert (row_losses(objective, better, scores) < start).all()
+
+
+@pytest.mark.parametrize("objective", DPO_LOSSES, ids=lambda objective: objective.loss_type)
+def test_only_losses_of_mean_tokens_weigh_rows_by_their_lengths(objective):
+    scores = random_scores(6, 1)
+    bases = bases_of([objective])
+
+    weights = objective_coefficients([objective], bases, count(scores)) @ sequence_weights(bases, scores)
+    chosen, rejected = weights[0].split(6)
+
+    if objective.loss_type in {"sigmoid_norm", "ipo"}:
+        chosen, rejected = chosen * scores.chosen_tokens, rejected * scores.rejected_tokens
+    assert bool((chosen == 0).all()) == (objective.loss_type == "apo_down")
+    torch.testing.assert_close(chosen, chosen[:1].expand(6))
+    torch.testing.assert_close(rejected, rejected[:1].expand(6))
+    assert (rejected > 0).all()
+
+
+def test_dpo_losses_of_summed_tokens_point_where_the_sigmoid_loss_does():
+    summed = [one for one in DPO_LOSSES if one.loss_type not in {"sigmoid_norm", "ipo", "apo_down"}]
+
+    assert bases_of(summed) == (Basis.MARGIN,)
+
+
+def test_losses_far_from_the_start_stay_finite():
+    scores = random_scores(3, 0)
+    far = dataclasses.replace(scores, chosen_logps=scores.chosen_logps - 1e4, rejected_logps=scores.rejected_logps)
+
+    for objective in DPO_LOSSES:
+        assert torch.isfinite(row_losses(objective, far, scores)).all()
+        assert torch.isfinite(row_losses(objective, scores, far)).all()
 
 
 @pytest.mark.parametrize("mean_logp", [-1e-9, -1e-5, -0.5, -0.7, -50.0, -800.0])
@@ -127,6 +165,7 @@ def test_dpo_on_rows_without_rejected_is_refused_by_name():
 
 def test_bases_are_shared_between_objectives():
     assert bases_of(ALL) == (Basis.LIKELIHOOD, Basis.MARGIN, Basis.ODDS)
+    assert bases_of([Sft(), Dpo(loss_type="apo_down")]) == (Basis.LIKELIHOOD, Basis.MARGIN)
     assert bases_of([Orpo(nll="full_sequence")]) == (Basis.SEQUENCE, Basis.ODDS)
 
 

@@ -9,7 +9,7 @@ from d2lora.initializations import Fixed, InitializationSpec, LoraSpec, Sft
 from d2lora.settings import WorkerSettings
 from tests.support.models import as_base, tiny_llama
 from tests.support.reference import sft_loss, weight_gradients
-from tests.unit.worker.conftest import as_examples, reference_rows
+from tests.unit.worker.conftest import all_dpo_losses, as_examples, reference_rows
 from worker.factors import calibrated_step
 from worker.pipeline import build_adapter
 from worker.targets import lora_config, resolve_targets
@@ -84,6 +84,15 @@ def test_a_learnable_task_gets_a_calibrated_start_that_lowers_every_held_out_obj
     assert [objective.type for objective in built.objectives] == ["sft", "dpo", "orpo"]
     for name, measured in built.held_out.items():
         assert measured.adapter < measured.base, name
+
+
+@pytest.mark.parametrize("objective", all_dpo_losses(beta=0.1), ids=lambda objective: objective.loss_type)
+def test_every_dpo_loss_of_a_learnable_preference_falls_on_held_out_rows(tmp_path, objective):
+    built = build(learnable_rows(24), tmp_path, objectives=[objective])
+
+    assert built.eta > 0
+    assert built.held_out["dpo"].adapter < built.held_out["dpo"].base
+    assert built.noise_scales[0] is not None
 
 
 def test_rows_of_pure_noise_get_the_zero_start(tmp_path):

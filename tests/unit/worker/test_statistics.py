@@ -6,7 +6,7 @@ from d2lora.errors import NumericalFailure, OutOfMemory
 from d2lora.initializations import Dpo, LoraSpec, Orpo, Sft
 from tests.support.models import as_base, tiny_gpt2, tiny_llama
 from tests.support.reference import dpo_loss, orpo_loss, sft_loss, weight_gradients
-from tests.unit.worker.conftest import one_fold, reference_rows
+from tests.unit.worker.conftest import all_dpo_losses, one_fold, reference_rows
 from worker.models import layer_sizes
 from worker.objectives import bases_of, objective_coefficients
 from worker.sketching import DenseGradient, Shape, Sketch, TestMatrices
@@ -60,6 +60,23 @@ def test_one_pass_gives_autograds_gradients_of_all_objectives(make, full_sequenc
         for name, layer in statistics.layers.items():
             ours = torch.einsum("k,koi->oi", row, layer.gradients.double())
             assert (ours - expected[name]).norm() < 1e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_one_pass_gives_autograds_gradients_of_all_dpo_losses(make):
+    model, rows, objectives = make(), reference_rows(7, paired=True), all_dpo_losses(beta=0.3)
+
+    statistics, coefficients = gathered(model, rows, objectives=objectives, max_tokens=60)
+
+    reference = model.double()
+    for row, objective in zip(coefficients, objectives, strict=True):
+        chosen = objective.model_dump(exclude={"type"})
+        expected = weight_gradients(
+            model, statistics.layers, lambda twin, chosen=chosen: dpo_loss(twin, reference, rows, **chosen)
+        )
+        for name, layer in statistics.layers.items():
+            ours = torch.einsum("k,koi->oi", row, layer.gradients.double())
+            assert (ours - expected[name]).norm() < 1e-5 * expected[name].norm(), (objective.loss_type, name)
 
 
 def test_rows_without_rejected_give_the_gradient_of_sft():

@@ -6,11 +6,13 @@ import types
 import pytest
 import torch
 
-from d2lora.initializations import Dpo, Orpo
+from d2lora.initializations import Orpo
 from tests.support.models import as_base, tiny_llama, tiny_tokenizer
-from tests.unit.worker.conftest import one_fold, reference_rows
-from worker.objectives import log_odds_ratio, row_losses
-from worker.statistics import score
+from tests.unit.worker.conftest import all_dpo_losses, one_fold, reference_rows
+from worker.models import layer_sizes
+from worker.objectives import bases_of, log_odds_ratio, objective_coefficients, row_losses
+from worker.sketching import DenseGradient, Shape, TestMatrices
+from worker.statistics import gather, score
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's and its dependencies' own
 
@@ -28,25 +30,93 @@ def trl_batch(rows):
     return DataCollatorForPreference(pad_token_id=0)(features)
 
 
-def test_dpo_is_trls_whole_loss_away_from_the_reference(model, tmp_path):
+def dpo_trainer(policy, reference, tmp_path, **arguments):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    rows = reference_rows(6, paired=True)
+    config = DPOConfig(
+        output_dir=str(tmp_path),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        max_length=64,
+        gradient_checkpointing=False,
+        **arguments,
+    )
+    dataset = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    tokenizer = tiny_tokenizer()
+    return DPOTrainer(policy, ref_model=reference, args=config, train_dataset=dataset, processing_class=tokenizer)
+
+
+def moved_from(model):
     moved = copy.deepcopy(model)
     for parameter in moved.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
-    config = DPOConfig(output_dir=str(tmp_path), beta=0.3, report_to=[], use_cpu=True, bf16=False, max_length=64)
-    dataset = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    tokenizer = tiny_tokenizer()
-    trainer = DPOTrainer(moved, ref_model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    return moved
+
+
+def trls_arguments(objective):
+    return {
+        "beta": objective.beta,
+        "loss_type": [objective.loss_type],
+        "label_smoothing": objective.label_smoothing or 0.0,
+    }
+
+
+@pytest.mark.parametrize("objective", all_dpo_losses(beta=0.3), ids=lambda objective: objective.loss_type)
+def test_every_dpo_loss_is_trls_whole_loss_away_from_the_reference(model, tmp_path, objective):
+    rows = reference_rows(6, paired=True)
+    moved = moved_from(model)
+    trainer = dpo_trainer(moved, model, tmp_path, **trls_arguments(objective))
 
     theirs = trainer.compute_loss(moved, trl_batch(rows)).item()
 
     (batch,) = one_fold(rows)
-    ours = row_losses(Dpo(beta=0.3), score(as_base(moved), batch), score(as_base(model), batch)).mean().item()
+    base = score(as_base(model), batch)
+    ours = row_losses(objective, score(as_base(moved), batch), base).mean().item()
+    start = row_losses(objective, base, base).mean().item()
     assert ours == pytest.approx(theirs, rel=1e-5)
-    assert abs(ours - torch.log(torch.tensor(2.0)).item()) > 1e-3  # not merely the start
+    assert abs(ours - start) > 1e-4 * start  # not merely the start
+
+
+def trls_gradient(model, tmp_path, rows, **arguments):
+    """Of TRL's loss by the projections' weights, at policy == reference, in one vector."""
+    policy = copy.deepcopy(model)
+    modules = {name: module for name, module in policy.named_modules() if name.endswith("_proj")}
+    for module in modules.values():
+        module.weight.requires_grad_()
+    dpo_trainer(policy, model, tmp_path, **arguments).compute_loss(policy, trl_batch(rows)).backward()
+    return {name: module.weight.grad for name, module in modules.items()}
+
+
+@pytest.mark.parametrize("objective", all_dpo_losses(beta=0.3), ids=lambda objective: objective.loss_type)
+def test_the_pass_gives_the_gradient_of_trls_dpo_loss_at_the_start(model, tmp_path, objective):
+    rows, bases = reference_rows(6, paired=True), bases_of([objective])
+
+    theirs = trls_gradient(model, tmp_path, rows, **trls_arguments(objective))
+
+    matrices, base = TestMatrices(0, torch.device("cpu")), as_base(model)
+    targets = {name: model.get_submodule(name) for name in theirs}
+    layers = {
+        name: DenseGradient.empty(Shape(*layer_sizes(module), 2), len(bases), matrices)
+        for name, module in targets.items()
+    }
+    counts = gather(base, targets, layers, one_fold(rows), bases, on_batch=lambda *_: None)
+    (coefficients,) = objective_coefficients([objective], bases, counts)
+    for name, layer in layers.items():
+        ours = torch.einsum("k,koi->oi", coefficients, layer.gradients.double())
+        assert (ours - theirs[name]).norm() < 1e-4 * theirs[name].norm(), name
+
+
+def test_trls_discopop_points_away_from_the_preference_at_the_start(model, tmp_path):
+    rows = reference_rows(6, paired=True)
+    sigmoid = trls_gradient(model, tmp_path, rows, beta=0.3)
+
+    discopop = trls_gradient(model, tmp_path, rows, beta=0.3, loss_type=["discopop"])
+
+    for name, gradient in discopop.items():
+        cosine = torch.cosine_similarity(gradient.flatten(), sigmoid[name].flatten(), dim=0)
+        assert cosine.item() == pytest.approx(-1.0, abs=1e-6)
 
 
 def test_orpos_odds_ratio_term_is_trls(model, monkeypatch):
