@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 
 from d2lora.client import Client
 from d2lora.initializations import InitializationSpec, LoraSpec, State
-from deploy import composition, dotenv
+from deploy import chart, composition, dotenv, manifests
 from deploy.podman import BASE, PACKAGES, STANDINS, Podman, missing_packages
 from deploy.tally import Tally
-from deploy.tools import ROOT, Tools, fetch
+from deploy.tools import ROOT, Tools, fetch, run
 
 DIRECTORY = ROOT / ".compose-check"
 PROJECT = "d2lora-check"
@@ -153,6 +154,8 @@ def exercise(tally: Tally, podman: Podman, compose: Compose) -> str:
     store = f"http://127.0.0.1:{compose.ports['S3']}/d2lora"
     tally.equal(httpx.get(store).status_code, 403, "nobody reads the bucket without a signature")
 
+    _run_charts_test(tally, compose)
+
     with Client(compose.url, api_key=compose.key) as client:
         begun = time.monotonic()
         dataset = client.upload_dataset(rows)
@@ -208,6 +211,16 @@ def _check_confinement(tally: Tally, podman: Podman, name: str, container: str) 
     status = podman.run("podman", "exec", container, "cat", "/proc/self/status")
     facts = dict(re.findall(r"^(CapEff|CapBnd|NoNewPrivs):\s*(\w+)$", status, re.MULTILINE))
     tally.equal(facts, {"CapEff": "0" * 16, "CapBnd": "0" * 16, "NoNewPrivs": "1"}, f"{name} has no privileges")
+
+
+def _run_charts_test(tally: Tally, compose: Compose) -> None:
+    """Run what `helm test` would run in its pod."""
+    rendered = chart.template(fetch()["helm4"], "--values", chart.values_files()[0]).output
+    (pod,) = manifests.of_kind([document for document in yaml.safe_load_all(rendered) if document], "Pod")
+    (container,) = pod["spec"]["containers"]
+    environment = {**os.environ, "API_URL": compose.url, "API_KEY": compose.key}
+    done = run(sys.executable, "-c", *container["args"], environment=environment)
+    tally.check(done.code == 0 and "can be listed" in done.output, f"the chart's test passes: {done.said}")
 
 
 def _pull(tally: Tally, client: Client, initialization_id: str, directory: Path) -> dict[str, str]:
