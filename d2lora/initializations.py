@@ -5,11 +5,21 @@ Names inside ``lora`` are PEFT's, names of objectives and rows are TRL's.
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from d2lora.errors import Problem
+from d2lora.methods import NEEDS_FLOAT, Method, Orthogonal
 
 
 class Frozen(BaseModel):
@@ -156,7 +166,9 @@ class InitializationSpec(Frozen):
     eval_dataset_id: str | None = Field(
         default=None, max_length=64, description="rows that only measure the delivered adapter"
     )
-    method: Literal["gradient"] = "gradient"
+    method: Method = Field(
+        default="gradient", description="ours, or an initializer of PEFT's; a name alone means its defaults"
+    )
     objectives: list[Objective] | None = Field(
         default=None, min_length=1, description="all that the rows allow when omitted"
     )
@@ -181,6 +193,32 @@ class InitializationSpec(Frozen):
         if isinstance(self.combination, Fixed) and len(self.combination.weights) != len(kinds):
             raise ValueError("combination.weights: one weight per entry of objectives is needed")
         return self
+
+    @model_validator(mode="after")
+    def _the_method_uses_every_field(self) -> "InitializationSpec":
+        if isinstance(self.method, str):
+            return self
+        name = self.method.type
+        unused = sorted(_GRADIENT_ONLY & self.model_fields_set)
+        if unused:
+            raise ValueError(f"{', '.join(unused)}: not used by method {name}; leave out what it would ignore")
+        if self.quantization is not None and isinstance(self.method, NEEDS_FLOAT):
+            raise ValueError(f"quantization: PEFT's {name} needs base weights in floating point; leave it out")
+        if isinstance(self.method, Orthogonal) and self.lora.r % 2:
+            raise ValueError("lora.r: PEFT's orthogonal needs an even rank")
+        return self
+
+    # An annotation of the result would take the place of the fields in the schema.
+    @model_serializer(mode="wrap")
+    def _only_fields_that_the_method_uses(self, handler: SerializerFunctionWrapHandler):  # type: ignore[no-untyped-def]  # noqa: ANN202  # see above
+        fields: dict[str, Any] = handler(self)
+        if isinstance(self.method, str):
+            return fields
+        return {name: value for name, value in fields.items() if name not in _GRADIENT_ONLY}
+
+
+_GRADIENT_ONLY = {"objectives", "combination", "start", "statistics"}
+"""Fields of a request that only our own method reads."""
 
 
 class State(StrEnum):

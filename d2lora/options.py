@@ -20,6 +20,10 @@ _OPTIONS: dict[str, Any] = {
         list[str] | None, typer.Option(help="module names, repeatable; or once all-linear, or a regular expression")
     ],
     "use_rslora": Annotated[bool | None, typer.Option("--use-rslora", help="scale by alpha / sqrt(r)")],
+    "method": Annotated[
+        str | None,
+        typer.Option(help="gradient, or PEFT's kaiming, pissa:niter=4, lora_ga, ... (default: gradient)"),
+    ],
     "objective": Annotated[
         list[str] | None,
         typer.Option(
@@ -77,7 +81,9 @@ def build_spec(base_model: str, dataset_id: str, options: dict[str, Any], **more
     if lora:
         values["lora"] = {**values.get("lora", {}), **lora}
     if "objective" in given:
-        values["objectives"] = [_objective(text) for text in given.pop("objective")]
+        values["objectives"] = [_typed(text, "--objective") for text in given.pop("objective")]
+    if given.get("method", "gradient") != "gradient":
+        given["method"] = _typed(given["method"], "--method")
     try:
         return InitializationSpec.model_validate(
             {**values, **given, **more, "base_model": base_model, "dataset_id": dataset_id}
@@ -93,13 +99,13 @@ def _target_modules(values: list[str]) -> str | list[str]:
     return values[0] if one_pattern else values
 
 
-def _objective(text: str) -> dict[str, Any]:
-    """Return the objective that ``dpo`` or ``dpo:beta=0.2`` names."""
+def _typed(text: str, option: str) -> dict[str, Any]:
+    """Return the object that ``dpo`` or ``dpo:beta=0.2`` names."""
     kind, _, arguments = text.partition(":")
     parsed: dict[str, Any] = {"type": kind}
     for argument in filter(None, arguments.split(",")):
         name, separator, value = argument.partition("=")
         if not separator:
-            raise typer.BadParameter(f"--objective {text}: arguments are written name=value")
+            raise typer.BadParameter(f"{option} {text}: arguments are written name=value")
         parsed[name] = value
     return parsed

@@ -20,6 +20,7 @@ from d2lora.errors import (
     StoreUnavailable,
     Unauthorized,
 )
+from d2lora.methods import NAMES
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ def pointer(location: tuple[int | str, ...]) -> str:
     return "#/" + "/".join(steps) if place == "body" else "/".join([str(place), *steps])
 
 
-_UNION_TAGS = {"sft", "dpo", "orpo", "mgda", "upgrad", "imtl_g", "mean", "fixed", "str", "list[constrained-str]"}
+_OWN_TAGS = {"sft", "dpo", "orpo", "mgda", "upgrad", "imtl_g", "mean", "fixed", "str", "list[constrained-str]"}
+_UNION_TAGS = _OWN_TAGS | set(NAMES)
 
 
 def responses(*errors: type[D2LoraError]) -> dict[int | str, dict[str, Any]]:

@@ -7,10 +7,10 @@ from torch import nn
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase, Sft
 from d2lora.settings import WorkerSettings
 from worker.data import Example, make_batches
-from worker.factors import adapted
+from worker.factors import Factors, adapted
 from worker.models import BaseModel
 from worker.objectives import Scores, needs_prompt, row_losses
-from worker.pipeline import BuiltAdapter, pad_token
+from worker.pipeline import pad_token
 from worker.statistics import score
 from worker.units import OnProgress
 
@@ -19,7 +19,8 @@ def evaluate(
     base: BaseModel,
     targets: Mapping[str, nn.Module],
     spec: InitializationSpec,
-    built: BuiltAdapter,
+    factors: Mapping[str, Factors],
+    objectives: Sequence[Objective],
     examples: Sequence[Example],
     *,
     settings: WorkerSettings,
@@ -33,13 +34,13 @@ def evaluate(
         pad_token_id=pad_token(base),
     )
     paired = examples[0].rejected is not None
-    objectives: list[Objective] = [one for one in built.objectives if paired or one.type == "sft"]
+    objectives = [one for one in objectives if paired or one.type == "sft"]
     with_prompt = needs_prompt(objectives)
     on_progress(Phase.EVALUATION, 0, 2 * len(batches))
     before, after = [], []
     for done, batch in enumerate(batches, start=1):
         before.append(score(base, batch, with_prompt=with_prompt))
-        with adapted(targets, built.factors, scaling=spec.lora.scaling):
+        with adapted(targets, factors, scaling=spec.lora.scaling):
             after.append(score(base, batch, with_prompt=with_prompt))
         on_progress(Phase.EVALUATION, 2 * done, 2 * len(batches))
     reference, adapter = Scores.concatenate(before), Scores.concatenate(after)

@@ -7,7 +7,7 @@ the adapter from what they left.
 import errno
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,18 +20,21 @@ from torch import nn
 
 from d2lora.datasets import DatasetFile, read_rows
 from d2lora.errors import ChecksumMismatch, DeviceFailure, OutOfMemory, StorageFull
-from d2lora.initializations import InitializationSpec, Phase, Result
+from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase, Result
 from d2lora.settings import WorkerSettings
 from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
 from worker import models
 from worker.adapters import write_adapter
-from worker.data import Example, encode_rows
+from worker.data import Encoded, Example, encode_rows
 from worker.devices import is_device_failure
 from worker.evaluation import evaluate
 from worker.evidence import Intake, intake, make_report
+from worker.factors import Factors
 from worker.model_cache import Loader
 from worker.models import BaseModel
 from worker.objectives import resolve_objectives
+from worker.peft_evidence import make_peft_report
+from worker.peft_methods import build_peft_adapter
 from worker.pipeline import BuiltAdapter, adapter_from, build_adapter, pad_token
 from worker.shard_files import BasePin, damaged, read_batches, sha256
 from worker.sharding import count_tokens, gather_shard, merge, pin, read_plan, split
@@ -130,6 +133,8 @@ def initialize(
     rows = intake(encoded, sha256=sha256(dataset.path), warnings=warnings)
     clock(Phase.READING, 1, 1)
 
+    if not isinstance(spec.method, str):
+        return _initialize_by_peft(subject, spec, encoded, rows, evaluation, out=out, settings=settings, clock=clock)
     if may_split and count_tokens(encoded.examples) > settings.shard_tokens:
         return split(
             base,
@@ -299,9 +304,7 @@ def _deliver(
 ) -> Result:
     """Evaluate the adapter and write its files."""
     base, targets = subject.base, subject.targets
-    measured = None
-    if evaluation is not None:
-        measured = evaluate(base, targets, spec, built, evaluation.examples, settings=settings, on_progress=clock)
+    measured = _measure(subject, spec, built.factors, built.objectives, evaluation, settings=settings, clock=clock)
     clock(Phase.PUBLISHING, 0, 1)
     report = make_report(
         base,
@@ -316,6 +319,65 @@ def _deliver(
     )
     files = write_adapter(out, config=subject.config, factors=built.factors, report=report)
     return Result(files=files, summary=report.summary)
+
+
+def _initialize_by_peft(
+    subject: _Subject,
+    spec: InitializationSpec,
+    encoded: Encoded,
+    rows: Intake,
+    evaluation: _Evaluation | None,
+    *,
+    out: Path,
+    settings: WorkerSettings,
+    clock: _Clock,
+) -> Result:
+    """Let PEFT initialize the adapter, evaluate it as ours, and write its files."""
+    base, targets = subject.base, subject.targets
+    adapter = build_peft_adapter(
+        base, targets, subject.config, spec, encoded.examples, settings=settings, on_progress=clock
+    )
+    # Every objective that the rows allow, so that the figures stand beside those of our own method.
+    objectives = resolve_objectives(None, paired=rows.paired)
+    measured = _measure(subject, spec, adapter.factors, objectives, evaluation, settings=settings, clock=clock)
+    clock(Phase.PUBLISHING, 0, 1)
+    report = make_peft_report(
+        base,
+        targets,
+        spec,
+        rows,
+        adapter,
+        measured,
+        eval_dataset_sha256=evaluation.sha256 if evaluation else None,
+        seconds=clock.seconds(),
+    )
+    files = write_adapter(out, config=adapter.config, factors=adapter.factors, report=report)
+    return Result(files=files, summary=report.summary)
+
+
+def _measure(
+    subject: _Subject,
+    spec: InitializationSpec,
+    factors: Mapping[str, Factors],
+    objectives: Sequence[Objective],
+    evaluation: _Evaluation | None,
+    *,
+    settings: WorkerSettings,
+    clock: _Clock,
+) -> dict[str, HeldOut] | None:
+    """Return what base and adapter score on the evaluation rows, if there are any."""
+    if evaluation is None:
+        return None
+    return evaluate(
+        subject.base,
+        subject.targets,
+        spec,
+        factors,
+        objectives,
+        evaluation.examples,
+        settings=settings,
+        on_progress=clock,
+    )
 
 
 def _context(base: BaseModel, spec: InitializationSpec) -> tuple[int, list[str]]:

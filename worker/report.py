@@ -67,6 +67,30 @@ class CalibrationReport(Frozen):
     reason: str
 
 
+class PeftLayerReport(Frozen):
+    """One target layer of an adapter that PEFT has initialized."""
+
+    relative_magnitude: float
+    """|s B A| / |W| of the delivered factors, Frobenius norms; 0 up to rounding."""
+    method_magnitude: float
+    """|s B0 A0| / |W| of the method's own factors: what it moves from the base into the adapter."""
+
+
+class PeftReport(Frozen):
+    """How one of PEFT's methods was run, and the form in which its adapter is delivered."""
+
+    init_lora_weights: str
+    """As in PEFT's configuration; "true" is its default."""
+    rank: int
+    """Of the method: the first so many rows of lora_A and columns of lora_B are what it trains."""
+    delivered_rank: int
+    frozen_ranks: tuple[int, int] | None
+    """From and up to: ranks that hold the offset for the unmodified base, and that the method leaves as they are."""
+    rows: int
+    """Rows that the method has read."""
+    layers: dict[str, PeftLayerReport]
+
+
 class Report(Frozen):
     """Everything that was measured on the way to the adapter."""
 
@@ -88,6 +112,8 @@ class Report(Frozen):
     objectives: list[ObjectiveReport]
     calibration: CalibrationReport | None
     layers: dict[str, LayerReport]
+    peft: PeftReport | None = None
+    """Instead of objectives, calibration and layers, where the method is one of PEFT's."""
     seconds: dict[str, float]
     """By phase. Kept out of everything that decides the adapter."""
     versions: dict[str, str]
@@ -162,10 +188,13 @@ def model_card(report: Report) -> str:
     """Return the adapter's README.md: metadata that hubs read, what this is, and the evidence in short."""
     summary = report.summary
     spec = report.spec
+    made_from = f"from gradient statistics of {', '.join(summary.objectives)} on {summary.rows_used} rows"
+    if report.peft is not None:
+        made_from = f"by PEFT's {_method_name(report)}"
     introduction = (
         f"A starting point for LoRA fine-tuning of `{report.base_model}` (r = {spec.lora.r}, "
-        f"lora_alpha = {spec.lora.alpha:g}), made by d2lora {__version__} from gradient statistics of "
-        f"{', '.join(summary.objectives)} on {summary.rows_used} rows. It loads on the unmodified base model."
+        f"lora_alpha = {spec.lora.alpha:g}), made by d2lora {__version__} {made_from}. "
+        "It loads on the unmodified base model."
     )
     lines = [
         "---",
@@ -187,11 +216,12 @@ def model_card(report: Report) -> str:
         'model = PeftModel.from_pretrained(base, "path/to/this/folder", is_trainable=True)',
         "```",
         "",
+        *_freezing(report.peft),
         f"Start: **{summary.start}**; {summary.start_reason}.",
         "",
-        "| held-out, cross-validated | base | adapter | rows |",
-        "|---|---|---|---|",
     ]
+    if summary.held_out or summary.evaluation:
+        lines += ["| held-out, cross-validated | base | adapter | rows |", "|---|---|---|---|"]
     lines += [
         f"| {name} | {value.base:.4f} | {value.adapter:.4f} | {value.rows} |"
         for name, value in summary.held_out.items()
@@ -204,3 +234,31 @@ def model_card(report: Report) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _method_name(report: Report) -> str:
+    method = report.spec.method
+    return method if isinstance(method, str) else method.type
+
+
+def _freezing(peft: PeftReport | None) -> list[str]:
+    """Return how to train the ranks that the method trains and leave the offset as it is."""
+    if peft is None or peft.frozen_ranks is None:
+        return []
+    return [
+        f"The files have rank {peft.delivered_rank}. PEFT trains the first {peft.rank} ranks; the others hold the",
+        "offset that makes the adapter fit the unmodified base. To train as PEFT does, keep the offset as it is, and",
+        "use no weight decay:",
+        "",
+        "```python",
+        "import torch",
+        "",
+        f"trained = torch.arange({peft.delivered_rank}) < {peft.rank}",
+        "for name, parameter in model.named_parameters():",
+        '    if ".lora_A." in name:',
+        "        parameter.register_hook(lambda gradient: gradient * trained.to(gradient)[:, None])",
+        '    if ".lora_B." in name:',
+        "        parameter.register_hook(lambda gradient: gradient * trained.to(gradient))",
+        "```",
+        "",
+    ]

@@ -3,6 +3,7 @@ import os
 import signal
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -44,6 +45,22 @@ def test_a_dataset_goes_in_and_an_adapter_that_loads_comes_out(up, tiny_model, r
     assert {progress.phase for progress in seen if progress} & set(Phase)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(tmp_path / "adapter"))
     assert any(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if "lora_B" in name)
+
+
+def test_pefts_own_start_comes_out_of_the_same_service(up, tiny_model, rows, tmp_path):
+    with up.client() as client:
+        job = submit(client, tiny_model, rows(12), method="lora_ga")
+        done = client.wait(job.id, poll=0.05, timeout=300)
+        client.pull(job.id, tmp_path / "adapter")
+
+    assert done.state is State.SUCCEEDED, done.error
+    assert any("rank 4" in warning for warning in done.result.summary.warnings)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        after = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))(input_ids=ids).logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
 def test_a_killed_worker_is_started_again_and_its_job_is_finished_once(up, tiny_model, rows):

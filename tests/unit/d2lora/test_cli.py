@@ -6,6 +6,7 @@ import pytest
 import typer
 
 from d2lora.initializations import Dpo, Orpo, Sft
+from d2lora.methods import Pissa
 from d2lora.options import _OPTIONS, build_spec
 
 ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
@@ -60,6 +61,13 @@ def test_an_objective_takes_its_fields_by_name():
     spec = build_spec("m", "ds", options(objective=["dpo:loss_type=robust,label_smoothing=0.2,beta=1"]))
 
     assert spec.objectives == [Dpo(loss_type="robust", label_smoothing=0.2, beta=1.0)]
+
+
+def test_a_method_is_named_with_its_options():
+    assert build_spec("m", "ds", options(method="pissa:niter=4")).method == Pissa(niter=4)
+    assert build_spec("m", "ds", options(method="gradient")).method == "gradient"
+    with pytest.raises(typer.BadParameter, match="start: not used by method eva"):
+        build_spec("m", "ds", options(method="eva", start="zero"))
 
 
 def test_what_is_not_given_keeps_its_default():

@@ -175,6 +175,8 @@ def test_the_request_of_the_documentation_is_accepted(upload, client):
         ({"combination": {"type": "best"}}, "#/combination"),
         ({"seed": "x"}, "#/seed"),
         ({"max_length": 1}, "#/max_length"),
+        ({"method": "loftq"}, "#/method"),
+        ({"method": {"type": "pissa", "niter": -1}}, "#/method/niter"),
     ],
 )
 def test_a_field_at_fault_is_pointed_at(upload, client, change, pointer):
@@ -183,6 +185,16 @@ def test_a_field_at_fault_is_pointed_at(upload, client, change, pointer):
     problem = problem_of(response, 422, "request_invalid")
     assert [item["pointer"] for item in problem["errors"]] == [pointer]
     assert client.get("/v1/initializations").json()["data"] == []
+
+
+def test_a_field_that_the_method_would_ignore_is_refused(upload, client):
+    refused = client.post("/v1/initializations", json=request_for(upload().json()["id"], method="pissa", start="zero"))
+    accepted = client.post("/v1/initializations", json=request_for(upload().json()["id"], method="pissa"))
+
+    assert "start: not used by method pissa" in problem_of(refused, 422, "request_invalid")["detail"]
+    spec = client.get(f"/v1/initializations/{accepted.json()['id']}").json()["spec"]
+    assert spec["method"] == {"type": "pissa", "niter": None}
+    assert "start" not in spec
 
 
 def test_weights_that_do_not_match_the_objectives_are_refused(upload, client):
