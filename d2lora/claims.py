@@ -102,6 +102,8 @@ class ShardClaim:
     id: str
     """Of the job."""
     tenant: str
+    made_by: int
+    """Attempt of the job that made it."""
     number: int
     attempt: int
     spec: InitializationSpec
@@ -145,6 +147,7 @@ def shard_claim_of(row: InitializationRow, shard: ShardRow) -> ShardClaim:
     return ShardClaim(
         id=row.id,
         tenant=row.tenant,
+        made_by=shard.made_by,
         number=shard.number,
         attempt=shard.attempt,
         spec=InitializationSpec.model_validate(row.spec),

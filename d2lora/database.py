@@ -8,16 +8,30 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, func, make_url, select
-from sqlalchemy.exc import InterfaceError, OperationalError
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, event, func, make_url, select, text
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.orm import Session
 
 from d2lora.errors import StoreUnavailable
 from d2lora.settings import DatabaseSettings
 
 _BUSY_MILLISECONDS = 30_000
-_LIVELY = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
-"""A server that vanishes is noticed within a minute; the system's own limit is two hours."""
+_LIVELY = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+"""A server that vanishes is noticed within a minute; the system's own limits are 15 minutes and two hours."""
+_LIMITS = text(
+    "SELECT set_config('lock_timeout', '10s', true), set_config('statement_timeout', '30s', true),"
+    " set_config('idle_in_transaction_session_timeout', '30s', true)"
+)
+"""A process that stops in the middle of a transaction holds the others up no longer than this."""
 _MIGRATION_LOCK = 0x64326C6F7261
 """Key of PostgreSQL's advisory lock; any number that nothing else in the database uses."""
 
@@ -26,10 +40,18 @@ def open_engine(settings: DatabaseSettings) -> Engine:
     """Return an engine; a SQLite file and its directory are made if they do not exist."""
     url = make_url(settings.url)
     if url.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, connect_args=_LIVELY)
+        engine = create_engine(url, pool_pre_ping=True, connect_args=_LIVELY, hide_parameters=True)
+
+        @event.listens_for(engine, "begin")
+        def _limit(connection: Connection) -> None:
+            if connection.get_execution_options().get("limited", True):
+                # In the transaction, since a connection may go through a pooler that forgets the session's settings.
+                connection.execute(_LIMITS)
+
+        return engine
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url)
+    engine = create_engine(url, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def _configure(connection, _record) -> None:  # type: ignore[no-untyped-def]  # a DB-API connection has no type  # noqa: ANN001
@@ -51,7 +73,7 @@ def _translated() -> Iterator[None]:
     """Turn the driver's errors about a database that is away into ours; nobody else looks at them."""
     try:
         yield
-    except (OperationalError, InterfaceError) as error:
+    except (OperationalError, InterfaceError, InternalError, PoolExhausted) as error:
         raise StoreUnavailable("the database cannot be reached, or broke the transaction off") from error
 
 
@@ -95,10 +117,13 @@ def migrate(settings: DatabaseSettings) -> None:
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     engine = open_engine(settings)
     try:
-        with engine.execution_options(write=True).begin() as connection:
+        with engine.execution_options(write=True, limited=False).begin() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(select(func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            current = MigrationContext.configure(connection).get_current_revision()
+            known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+            if current in known | {None}:  # otherwise a newer version has been here, and revisions only add
+                command.upgrade(config, "head")
     finally:
         engine.dispose()

@@ -32,6 +32,7 @@
         ├── NumericalFailure        500  a NaN or an infinity, with the layer
         ├── OutOfMemory             500  one row alone does not fit
         ├── StorageFull             507
+        │   └── ScratchFull         507  a worker's own disk (retried)
         ├── StorageUnavailable      503  (retried)
         ├── StoreUnavailable        503  the database (retried)
         ├── BrokerUnavailable       503  wake-ups wait in the outbox
@@ -39,6 +40,8 @@
         ├── DeviceFailure           503  the accelerator is broken until its process ends (retried)
         ├── FormatMismatch          503  another version of the worker wrote a file (retried)
         │   └── FormatOutdated      503  an older version wrote it; the job begins anew
+        ├── ShardGone               500  a file of a job in shards is not there; the job begins anew
+        ├── ModelUnavailable        503  the hub or the disk with the base model is away (retried)
         ├── WorkerLost              500  the worker died too often on this job
         └── InternalError           500  everything else; details stay in the log
 
@@ -246,6 +249,10 @@ class StorageFull(JobError):
     code, status, title = "storage_full", 507, "The storage is full"
 
 
+class ScratchFull(StorageFull):
+    code, title, retryable = "scratch_full", "The worker's disk is full", True
+
+
 class StorageUnavailable(JobError):
     code, status, title, retryable = "storage_unavailable", 503, "The storage cannot be reached", True
 
@@ -272,6 +279,14 @@ class FormatMismatch(JobError):
 
 class FormatOutdated(FormatMismatch):
     code, title = "format_outdated", "An older version wrote this file"
+
+
+class ShardGone(JobError):
+    code, title = "shard_gone", "A shard's file is gone"
+
+
+class ModelUnavailable(JobError):
+    code, status, title, retryable = "model_unavailable", 503, "The base model cannot be reached", True
 
 
 class WorkerLost(JobError):

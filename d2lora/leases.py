@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import Engine, Select, delete, func, select
 from sqlalchemy.orm import Session
 
 from d2lora.claims import Claim, Outcome, Plan, ShardClaim, Stage, Standing, StoredFile, claim_of, shard_claim_of
 from d2lora.database import now, reading, writing
 from d2lora.errors import Problem, WorkerLost
-from d2lora.initializations import Progress, Result, State
+from d2lora.initializations import InitializationSpec, Progress, Result, State
 from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
 from d2lora.tables import InitializationRow, ShardRow
 from d2lora.transitions import add_event, free_job, free_shard, lock, move, wake
@@ -75,8 +76,14 @@ class Leases:
                 if shard is None:
                     continue  # others took them while this one waited for the lock
                 shard.failures += shard.worker is not None
+                job.deaths += shard.worker is not None
                 if shard.failures >= max_attempts:
                     _give_up(session, job, shard.failures)
+                    continue
+                try:
+                    InitializationSpec.model_validate(job.spec)
+                except ValidationError:  # a newer version's, which is for a newer worker
+                    shard.worker, shard.lease_until = None, moment + lease / 3
                     continue
                 shard.attempt += 1
                 shard.worker, shard.lease_until, shard.rows_done = worker, moment + lease, 0
@@ -104,11 +111,18 @@ class Leases:
                     move(session, row, State.CANCELLED)
                     continue
                 row.failures += row.worker is not None
+                row.deaths += row.worker is not None
                 if row.failures >= max_attempts:
                     _give_up(session, row, row.failures)
                     continue
+                try:
+                    InitializationSpec.model_validate(row.spec)
+                except ValidationError:  # a newer version's, which is for a newer worker
+                    row.worker, row.lease_until = None, now(session) + lease / 3
+                    continue
                 row.attempt += 1
-                row.worker, row.lease_until, row.progress = worker, moment + lease, None
+                # Not the moment above: the wait for the row must not shorten the lease.
+                row.worker, row.lease_until, row.progress = worker, now(session) + lease, None
                 move(session, row, State.RUNNING)
                 return claim_of(session, row)
 
@@ -194,21 +208,22 @@ class Leases:
             return row is not None
 
     def retry(self, claim: Claim | ShardClaim, problem: Problem, *, max_attempts: int, pause: timedelta) -> bool:
-        """Free a job or a shard again, or fail with ``problem`` when ``max_attempts`` claims of it have been made.
+        """Free a job or a shard after an outage, or fail with ``problem`` when it has met ``max_attempts`` of them.
 
-        Such an error is an outage, not the job's fault, so it does not count as a dead worker; the pause doubles with
-        every attempt, up to five minutes.
+        An outage is not the job's fault, so it does not count as a dead worker; the pause doubles with every one, up to
+        five minutes.
         """
         with writing(self._engine) as session:
             row = _job_held_by(session, claim)
             if row is None:
                 return False
             unit = _shard(session, claim) if isinstance(claim, ShardClaim) else row
-            if unit.attempt >= max_attempts and row.state != State.CANCELLING:
+            unit.outages += 1
+            if unit.outages >= max_attempts and row.state != State.CANCELLING:
                 row.error = problem.model_dump(mode="json")
                 move(session, row, State.FAILED)
             else:
-                _free(session, row, claim, min(pause * 2 ** min(unit.attempt - 1, 16), _LONGEST_PAUSE))
+                _free(session, row, claim, min(pause * 2 ** min(unit.outages - 1, 16), _LONGEST_PAUSE))
             return True
 
     # Shards
@@ -323,7 +338,9 @@ def _is_shard_held(job: InitializationRow | None, shard: ShardRow | None, claim:
     if job is None or shard is None or job.state != State.RUNNING:
         return False
     useful = shard.kind == "statistics" or shard.made_by == job.attempt
-    return useful and shard.attempt == claim.attempt and shard.worker is not None
+    # Numbers and attempts begin anew when a job is cut anew.
+    same = (shard.made_by, shard.attempt) == (claim.made_by, claim.attempt)
+    return useful and same and shard.worker is not None
 
 
 def _job_held_by(session: Session, claim: Claim | ShardClaim) -> InitializationRow | None:
@@ -370,6 +387,7 @@ def _add_shards(
                 rows_done=0,
                 attempt=0,
                 failures=0,
+                outages=0,
             )
         )
     return list(range(first, first + len(tasks)))

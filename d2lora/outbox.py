@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import Engine, delete, func, or_, select, update
+from sqlalchemy import Engine, delete, exists, func, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from d2lora.database import now, reading, writing
 from d2lora.initializations import State
 from d2lora.tables import InitializationRow, LeaderRow, OutboxRow, ShardRow
-from d2lora.transitions import free_job, free_shard, move
+from d2lora.transitions import free_job, free_shard, lock, move, wake
 
+_MOST = 500
+"""Jobs that are woken again at one look; the next one comes soon."""
 _TERMINAL = [state for state in State if state.is_terminal]
 
 
@@ -46,11 +48,11 @@ class Census:
     """(queue, state) -> jobs that have not ended; and (queue, "shards") -> shards that are not done."""
     oldest_free_seconds: dict[str, float]
     pending: int
-    """Wake-ups in the outbox."""
+    """Wake-ups in the outbox that are due."""
     failed: dict[str, int]
     """Code of the error -> failed jobs."""
-    failures: int
-    """Claims of jobs that ended without a word, or in an error that was worth another attempt."""
+    deaths: int
+    """Workers that died on a job or a shard."""
 
 
 class Outbox:
@@ -99,32 +101,30 @@ class Outbox:
         """
         with writing(self._engine) as session:
             moment = now(session)
-            pending = select(func.count()).select_from(OutboxRow).where(OutboxRow.queue == queue)
-            free = {
-                row.id: (row, 1)
-                for row in session.scalars(
-                    select(InitializationRow).where(InitializationRow.queue == queue, free_job(moment))
-                )
-            }
-            shards = (
-                select(InitializationRow, func.count())
-                .join(ShardRow)
-                .where(InitializationRow.queue == queue, free_shard(moment))
-                .group_by(InitializationRow.id)
+            row = InitializationRow
+            pending = select(func.count()).select_from(OutboxRow)
+            pending = pending.where(OutboxRow.queue == queue, OutboxRow.due_at <= moment)
+            own_shards = exists().where(ShardRow.initialization_id == row.id, free_shard(moment)).correlate(row)
+            jobs = select(func.count()).select_from(row).where(row.queue == queue, free_job(moment))
+            shards = select(func.count()).select_from(ShardRow).join(row).where(row.queue == queue, free_shard(moment))
+            missing = sum(session.scalar(query) or 0 for query in (jobs, shards))
+            missing -= waiting + (session.scalar(pending) or 0)
+            if missing <= 0:
+                return 0
+            is_silent = or_(row.woken_at.is_(None), row.woken_at <= moment - silent_for)
+            silent = select(row).where(row.queue == queue, is_silent, or_(free_job(moment), own_shards))
+            # Whoever is just changing a job may have woken somebody, or hang; neither is waited for.
+            silent = (
+                silent.order_by(row.created_at, row.id).limit(min(missing, _MOST)).with_for_update(skip_locked=True)
             )
-            for row, count in session.execute(shards):
-                free[row.id] = (row, free.get(row.id, (row, 0))[1] + count)
-            missing = sum(count for _, count in free.values()) - waiting - (session.scalar(pending) or 0)
             woken = 0
-            for row, count in sorted(free.values(), key=lambda entry: (entry[0].created_at, entry[0].id)):
+            for job in session.scalars(silent.with_for_update(skip_locked=True)):
                 if woken >= missing:
                     break
-                if row.woken_at is None or row.woken_at <= moment - silent_for:
-                    row.woken_at = moment
-                    session.add_all(
-                        OutboxRow(initialization_id=row.id, queue=row.queue, due_at=moment) for _ in range(count)
-                    )
-                    woken += count
+                free = select(func.count()).select_from(ShardRow).join(row).where(row.id == job.id, free_shard(moment))
+                count = session.scalar(free) or 1
+                wake(session, job, count=count)
+                woken += count
             return woken
 
     def queues(self) -> list[str]:
@@ -171,14 +171,9 @@ class Outbox:
     def cleaned(self, leftover: Leftover) -> None:
         """Remember that an ended job's storage is tidy, and forget its shards."""
         with writing(self._engine) as session:
+            row = lock(session, leftover.id)
             session.execute(delete(ShardRow).where(ShardRow.initialization_id == leftover.id))
-            session.execute(
-                update(InitializationRow)
-                .where(
-                    InitializationRow.id == leftover.id, InitializationRow.prefix.is_not_distinct_from(leftover.kept)
-                )
-                .values(cleaned=True)
-            )
+            row.cleaned = row.prefix == leftover.kept  # otherwise it has expired meanwhile
 
     def census(self) -> Census:
         """Return the counts that the metrics tell."""
@@ -202,12 +197,13 @@ class Outbox:
             ):
                 for queue, oldest_at in session.execute(of.add_columns(func.min(since)).group_by(row.queue)):
                     oldest[queue] = max(oldest.get(queue, 0.0), (moment - oldest_at).total_seconds())
+            pending = select(func.count()).select_from(OutboxRow).where(OutboxRow.due_at <= moment)
             code = row.error["code"].as_string()
             failed = select(code, func.count()).where(row.state == State.FAILED).group_by(code)
             return Census(
                 units=units,
                 oldest_free_seconds=oldest,
-                pending=session.scalar(select(func.count()).select_from(OutboxRow)) or 0,
+                pending=session.scalar(pending) or 0,
                 failed={row[0]: row[1] for row in session.execute(failed)},
-                failures=session.scalar(select(func.sum(row.failures))) or 0,
+                deaths=session.scalar(select(func.sum(row.deaths))) or 0,
             )

@@ -1,6 +1,7 @@
 """Objects in S3, or in a store that speaks its protocol."""
 
 import base64
+import errno
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from d2lora.errors import ChecksumMismatch, NotFound, StorageFull, StorageUnavailable
+from d2lora.errors import ChecksumMismatch, NotFound, ScratchFull, StorageFull, StorageUnavailable
 from d2lora.settings import StorageSettings
 
 _ONE_REQUEST_BYTES = 64 * 2**20
@@ -57,7 +58,7 @@ class S3Storage:
         """Write an object's bytes to a file; see `ObjectStorage`."""
         digest = hashlib.sha256()
         try:
-            with _translated(key), path.open("wb") as output:
+            with _translated(key), _room_for(path), path.open("wb") as output:
                 body = self._client.get_object(Bucket=self._bucket, Key=key)["Body"]
                 for chunk in body.iter_chunks(2**20):
                     digest.update(chunk)
@@ -81,7 +82,16 @@ class S3Storage:
             for page in pages:
                 keys = [{"Key": entry["Key"]} for entry in page.get("Contents", [])]
                 if keys:
-                    self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": keys, "Quiet": True})
+                    done = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": keys, "Quiet": True})
+                    if done.get("Errors"):
+                        raise StorageUnavailable(f"the storage kept {len(done['Errors'])} objects below {prefix}")
+            # An upload that was killed in the middle is no object yet, and is paid for all the same.
+            started = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=prefix)
+            for page in started:
+                for upload in page.get("Uploads", []):
+                    self._client.abort_multipart_upload(
+                        Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
 
     def sign(self, key: str, expires: timedelta) -> str | None:
         """Return an address that is good for ``expires``; see `ObjectStorage`."""
@@ -113,6 +123,17 @@ def _client(endpoint_url: str | None, settings: StorageSettings) -> Any:
 
 
 @contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    """Turn a local disk that is full into our error; the store has nothing to do with it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise ScratchFull(f"no room left for {path.name}; free space") from error
+        raise
+
+
+@contextmanager
 def _translated(key: str) -> Iterator[None]:
     """Turn botocore's errors into ours; nobody else looks at them."""
     try:
@@ -122,7 +143,7 @@ def _translated(key: str) -> Iterator[None]:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         if code in {"NoSuchKey", "404"} or (status == 404 and code != "NoSuchBucket"):
             raise NotFound(f"there is no object {key}") from error
-        if code in {"PreconditionFailed", "ConditionalRequestConflict"} or status == 412:
+        if code == "PreconditionFailed" or status == 412:
             raise _Exists from error
         if code in {"BadDigest", "XAmzContentChecksumMismatch", "InvalidDigest"}:
             raise ChecksumMismatch(f"the store received other bytes for {key}") from error

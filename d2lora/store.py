@@ -93,7 +93,8 @@ class Store:
             IdempotencyMismatch: the key was used for another request.
             NotFound: a dataset is not this tenant's.
         """
-        digest = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+        # Without defaults, so that fields of a later version leave the digest of an earlier request as it was.
+        digest = hashlib.sha256(spec.model_dump_json(exclude_defaults=True).encode()).hexdigest()
         try:
             return self._create(tenant, spec, queue, idempotency_key, digest)
         except IntegrityError:
@@ -127,6 +128,8 @@ class Store:
                 stage=Stage.WHOLE,
                 attempt=0,
                 failures=0,
+                deaths=0,
+                outages=0,
                 cleaned=False,
                 created_at=moment,
             )
@@ -212,7 +215,10 @@ def new_id(kind: str, moment: datetime) -> str:
 def _resource(session: Session, row: InitializationRow) -> Initialization:
     names = Initialization.model_fields.keys() - {"object", "progress"}
     progress = _gathered(session, row) if row.stage == Stage.SHARDS else row.progress
-    return Initialization.model_validate({"progress": progress} | {name: getattr(row, name) for name in names})
+    # A newer version may know of fields that this one does not; during an upgrade both serve.
+    return Initialization.model_validate(
+        {"progress": progress} | {name: getattr(row, name) for name in names}, extra="ignore"
+    )
 
 
 def _gathered(session: Session, row: InitializationRow) -> dict[str, Any] | None:

@@ -79,10 +79,14 @@ class InitializationRow(Table):
     """The fencing number: raised by every claim; a worker's writes count only while it is still its own."""
     failures: Mapped[int] = mapped_column(Integer, default=0)
     """Claims that ended without a word; a job handed back on purpose has not failed."""
+    deaths: Mapped[int] = mapped_column(Integer, default=0)
+    """Workers that died on it or on a shard of it."""
+    outages: Mapped[int] = mapped_column(Integer, default=0)
+    """Claims that ended because the storage or the accelerator was away."""
     queue: Mapped[str] = mapped_column(String(32), default="cpu")
     """Class of workers that may take it."""
     stage: Mapped[str] = mapped_column(String(16), default="whole")
-    """What a claim of it means; see `d2lora.shards.Stage`."""
+    """What a claim of it means; see `d2lora.claims.Stage`."""
     plan: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     """Of a job that was cut into shards: the object that says how."""
     worker: Mapped[str | None] = mapped_column(String(255))
@@ -128,6 +132,7 @@ class ShardRow(Table):
     rows_done: Mapped[int] = mapped_column(Integer, default=0)
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     failures: Mapped[int] = mapped_column(Integer, default=0)
+    outages: Mapped[int] = mapped_column(Integer, default=0)
     worker: Mapped[str | None] = mapped_column(String(255))
     lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
     """End of the claim if there is a worker; otherwise it is free from this moment on, or at once."""

@@ -1,4 +1,7 @@
-"""What endpoints need, taken from the app that was composed in `service.app`."""
+"""What endpoints need, taken from the app that was composed in `service.app`.
+
+Async, although nothing is awaited: a thread could be waited for.
+"""
 
 from typing import Annotated
 
@@ -9,17 +12,17 @@ from d2lora.store import Store
 from service.settings import Settings
 
 
-def _store(request: Request) -> Store:
+async def _store(request: Request) -> Store:
     store: Store = request.app.state.store
     return store
 
 
-def _storage(request: Request) -> ObjectStorage:
+async def _storage(request: Request) -> ObjectStorage:
     storage: ObjectStorage = request.app.state.storage
     return storage
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
 

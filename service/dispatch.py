@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from d2lora.errors import BrokerUnavailable, D2LoraError, StoreUnavailable
-from d2lora.outbox import Outbox
+from d2lora.outbox import Leftover, Outbox
 from d2lora.queue import Publisher
 from d2lora.settings import BrokerSettings, DispatchSettings
 from d2lora.storage import ObjectStorage, initialization_prefix, shards_prefix
@@ -23,6 +23,8 @@ from d2lora.storage import ObjectStorage, initialization_prefix, shards_prefix
 log = logging.getLogger(__name__)
 
 _AWAY_SECONDS = 1.0
+_FAILURES = 3
+"""Jobs whose files cannot be removed, one after another, before tidying waits for better times."""
 
 
 class Dispatcher:
@@ -80,15 +82,52 @@ class Dispatcher:
         return len(sent)
 
     def reconcile(self) -> None:
-        """Wake what was forgotten, end what nobody will, remove what nobody needs."""
+        """Wake what was forgotten, and end what nobody will."""
+        woken = 0 if self._publisher is None else self._wake_forgotten(self._publisher)
         ended = self._outbox.end_cancelling()
+        if woken or ended:
+            log.info("reconciled woken=%d cancelled=%d", woken, ended)
+
+    def tidy(self) -> None:
+        """Expire what is old, and remove what nobody needs."""
         expired = 0
         if self._settings.retention_days is not None:
             expired = self._outbox.expire(retention=timedelta(days=self._settings.retention_days))
-        tidied = self._tidy()
-        woken = 0 if self._publisher is None else self._wake_forgotten(self._publisher)
-        if ended or expired or tidied or woken:
-            log.info("reconciled woken=%d cancelled=%d expired=%d tidied=%d", woken, ended, expired, tidied)
+        tidied = failed = 0
+        # Only some time after the end: a worker that was given up on may still write until it notices.
+        for leftover in self._outbox.leftovers(settled_for=timedelta(seconds=self._settings.tidy_seconds)):
+            try:
+                self._remove(leftover)
+            except D2LoraError as error:
+                log.warning("tidy_failed id=%s code=%s", leftover.id, error.code)
+                failed += 1
+                if failed == _FAILURES:
+                    break  # it is the storage, not this job's files
+                continue
+            self._outbox.cleaned(leftover)
+            tidied += 1
+        if expired or tidied:
+            log.info("tidied expired=%d jobs=%d", expired, tidied)
+
+    def run_tidying(self, stop: threading.Event) -> None:
+        """Tidy while this replica leads, until ``stop`` is set; a storage that hangs holds nothing else up."""
+        while not stop.wait(self._settings.reconcile_seconds):
+            if not self.leads:
+                continue
+            try:
+                self.tidy()
+            except StoreUnavailable:
+                log.warning("tidy_failed code=%s", StoreUnavailable.code)
+            except Exception:
+                log.exception("tidy_failed")
+
+    def _remove(self, leftover: Leftover) -> None:
+        prefixes = [
+            initialization_prefix(leftover.tenant, leftover.id, attempt) for attempt in range(1, leftover.attempts + 1)
+        ]
+        for prefix in [*prefixes, shards_prefix(leftover.tenant, leftover.id)]:
+            if prefix != leftover.kept:
+                self._storage.delete_prefix(prefix)
 
     def _wake_forgotten(self, publisher: Publisher) -> int:
         silent_for = timedelta(seconds=2 * self._settings.reconcile_seconds)
@@ -96,25 +135,6 @@ class Dispatcher:
             self._outbox.forgotten(queue, waiting=publisher.waiting(queue), silent_for=silent_for)
             for queue in self._outbox.queues()
         )
-
-    def _tidy(self) -> int:
-        # Only some time after the end: a worker that was given up on may still write until it notices.
-        leftovers = self._outbox.leftovers(settled_for=timedelta(seconds=self._settings.tidy_seconds))
-        for leftover in leftovers:
-            prefixes = [
-                initialization_prefix(leftover.tenant, leftover.id, attempt)
-                for attempt in range(1, leftover.attempts + 1)
-            ]
-            prefixes.append(shards_prefix(leftover.tenant, leftover.id))
-            try:
-                for prefix in prefixes:
-                    if prefix != leftover.kept:
-                        self._storage.delete_prefix(prefix)
-            except D2LoraError as error:
-                log.warning("tidy_failed id=%s code=%s", leftover.id, error.code)
-                return 0  # the storage is away; another time
-            self._outbox.cleaned(leftover)
-        return len(leftovers)
 
     def _lead(self) -> bool:
         leads = self._outbox.lead(self._holder, lease=timedelta(seconds=self._settings.leader_seconds))
@@ -127,16 +147,21 @@ class Dispatcher:
 def dispatching(
     outbox: Outbox, storage: ObjectStorage, broker: BrokerSettings, settings: DispatchSettings
 ) -> Iterator[Dispatcher]:
-    """Run a dispatcher in a thread while the block runs."""
+    """Run a dispatcher in threads while the block runs."""
     publisher = None if broker.url is None else Publisher(broker)
     dispatcher = Dispatcher(outbox, storage, publisher, settings)
     stop = threading.Event()
-    thread = threading.Thread(target=dispatcher.run, args=(stop,), name="dispatcher", daemon=True)
-    thread.start()
+    threads = [
+        threading.Thread(target=work, args=(stop,), name="dispatcher", daemon=True)
+        for work in (dispatcher.run, dispatcher.run_tidying)
+    ]
+    for thread in threads:
+        thread.start()
     try:
         yield dispatcher
     finally:
         stop.set()
-        thread.join(timeout=5)  # a broker that hangs must not keep the service from ending
-        if publisher is not None and not thread.is_alive():
+        for thread in threads:
+            thread.join(timeout=5)  # a broker or storage that hangs must not keep the service from ending
+        if publisher is not None and not threads[0].is_alive():
             publisher.close()

@@ -36,7 +36,7 @@ class QueueCollector(Collector):
         yield units
         yield oldest
         yield failed
-        yield CounterMetricFamily("d2lora_failed_attempts", "Claims that ended without a result", value=census.failures)
+        yield CounterMetricFamily("d2lora_failed_attempts", "Claims whose worker died", value=census.deaths)
         yield GaugeMetricFamily("d2lora_outbox_pending", "Wake-ups not yet published", value=census.pending)
         yield GaugeMetricFamily("d2lora_leader", "Whether this replica leads", value=self._dispatcher.leads)
 

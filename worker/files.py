@@ -1,16 +1,17 @@
 """A unit's files between its directory and the object storage."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
 from d2lora.claims import Claim, Plan, ShardClaim, StoredDataset, StoredFile
 from d2lora.datasets import DatasetFile
+from d2lora.errors import ChecksumMismatch, NotFound, ShardGone
 from d2lora.shards import StatisticsTask
 from d2lora.storage import ObjectStorage, shards_prefix
-from worker.units import Split
+from worker.units import ROWS, Split
 
 
 @dataclass(frozen=True)
@@ -29,41 +30,70 @@ class Files:
         if stored is None:
             return None
         path = self._below("inputs") / stored.dataset.id
-        self.storage.get_file(stored.key, path, stored.dataset.sha256)
+        self._fetch(stored.key, path, stored.dataset.sha256)
         return DatasetFile(path, stored.dataset.format, stored.dataset.columns)
 
     def get(self, file: StoredFile, below: str = "") -> Path:
-        """Fetch a file under its name."""
+        """Fetch a file of a job in shards under its name.
+
+        Raises:
+            ShardGone: it is not there, as after a restore.
+        """
         path = self._below(below) / file.name
-        self.storage.get_file(file.key, path, file.sha256)
+        try:
+            self._fetch(file.key, path, file.sha256)
+        except NotFound as error:
+            raise ShardGone(f"a shard's file {file.name} is gone; the job begins anew") from error
         return path
 
     def put(self, path: Path, prefix: str, name: str | None = None) -> StoredFile:
-        """Store a file below a prefix."""
-        name = name or path.name
+        """Store a file below a prefix; ``name`` is the one that its reader expects, if it is another."""
         with path.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         self.storage.put_file(prefix + path.name, path, sha256)
-        return StoredFile(name=name, key=prefix + path.name, sha256=sha256)
+        return StoredFile(name=name or path.name, key=prefix + path.name, sha256=sha256)
 
-    def put_split(self, claim: Claim, split: Split) -> tuple[Plan, list[tuple[StatisticsTask, StoredFile]]]:
-        """Store what a job was cut into; its attempt's prefix keeps it apart from an earlier attempt's."""
-        prefix = f"{shards_prefix(claim.tenant, claim.id)}split-{claim.attempt}/"
-        shards = [(task, self.put(path, prefix, "rows.safetensors")) for task, path in split.shards]
+    def put_split(
+        self, claim: Claim, split: Split, check: Callable[[], None]
+    ) -> tuple[Plan, list[tuple[StatisticsTask, StoredFile]]]:
+        """Store what a job was cut into; ``check`` is called before every file and may raise."""
+        prefix = split_prefix(claim)
+        shards = []
+        for task, path in split.shards:
+            check()
+            shards.append((task, self.put(path, prefix, ROWS)))
         plan = self.put(split.plan, prefix)
         return Plan(**plan.model_dump(), rows=sum(task.rows for task, _ in split.shards)), shards
 
-    def put_shard(self, claim: ShardClaim, paths: Sequence[Path]) -> list[StoredFile]:
-        """Store what came out of a shard, apart from what another attempt at it may be writing."""
-        prefix = f"{shards_prefix(claim.tenant, claim.id)}{claim.number}-{claim.attempt}/"
-        return [self.put(path, prefix) for path in paths]
+    def put_shard(self, claim: ShardClaim, paths: Sequence[Path], check: Callable[[], None]) -> list[StoredFile]:
+        """Store what came out of a shard; ``check`` is called before every file and may raise."""
+        stored = []
+        for path in paths:
+            check()
+            stored.append(self.put(path, shard_prefix(claim)))
+        return stored
 
     def put_shared(self, claim: Claim, name: str, path: Path) -> StoredFile:
         """Store what the parts of a build need."""
-        prefix = f"{shards_prefix(claim.tenant, claim.id)}build-{claim.attempt}/"
-        return self.put(path, prefix, name)
+        return self.put(path, f"{shards_prefix(claim.tenant, claim.id)}build-{claim.attempt}/", name)
+
+    def _fetch(self, key: str, path: Path, sha256: str) -> None:
+        try:
+            self.storage.get_file(key, path, sha256)
+        except ChecksumMismatch:  # it may have happened on the way: what is stored is looked at once more
+            self.storage.get_file(key, path, sha256)
 
     def _below(self, name: str) -> Path:
         path = self.directory / name
         path.mkdir(exist_ok=True)
         return path
+
+
+def split_prefix(claim: Claim) -> str:
+    """Return what the keys of a cut begin with; no other attempt at the job writes there."""
+    return f"{shards_prefix(claim.tenant, claim.id)}split-{claim.attempt}/"
+
+
+def shard_prefix(claim: ShardClaim) -> str:
+    """Return what the keys of a shard's output begin with; no other attempt at it writes there."""
+    return f"{shards_prefix(claim.tenant, claim.id)}{claim.made_by}-{claim.number}-{claim.attempt}/"

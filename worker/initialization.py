@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from d2lora.datasets import DatasetFile, read_rows
-from d2lora.errors import ChecksumMismatch, DeviceFailure, OutOfMemory, StorageFull
+from d2lora.errors import ChecksumMismatch, DeviceFailure, OutOfMemory, ScratchFull
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase, Result
 from d2lora.settings import WorkerSettings
 from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
@@ -41,10 +41,7 @@ from worker.sharding import count_tokens, gather_shard, merge, pin, read_plan, s
 from worker.shared_calibration import shared, work_on
 from worker.statistics import is_out_of_memory
 from worker.targets import lora_config, resolve_targets
-from worker.units import OnProgress, ShardFiles, ShardOutput, Share, Split
-
-ROWS = "rows.safetensors"
-"""Name of a statistics task's input file."""
+from worker.units import ROWS, OnProgress, ShardFiles, ShardOutput, Share, Split
 
 
 @contextmanager
@@ -54,7 +51,7 @@ def _translated_errors() -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or "os error 28" in str(error):
-            raise StorageFull("no room left for statistics or adapter; free space and run again") from error
+            raise ScratchFull("no room left for statistics or adapter; free space and run again") from error
         raise
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):

@@ -3,6 +3,7 @@
 Only safetensors and GGUF files are read, and no code that comes with a model is run.
 """
 
+import errno
 import hashlib
 import re
 from collections.abc import Callable, Iterator
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from d2lora.errors import ModelNotFound, ModelUnsupported, OutOfMemory, WeightsUnsafe
+from d2lora.errors import ModelNotFound, ModelUnavailable, ModelUnsupported, OutOfMemory, ScratchFull, WeightsUnsafe
 from d2lora.initializations import Quantization
 from d2lora.models import HubModel, LocalModel, locate
 from worker.devices import pick_device
@@ -25,6 +27,7 @@ from worker.loading import loading_plan
 from worker.logprobs import Head
 from worker.quantization import dequantized_weight, prepare
 
+_OUTAGES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 _HEAD_TOLERANCE = 2e-2
 """Largest relative difference between our head and the model's own logits; bfloat16 rounds at 4e-3."""
 
@@ -207,6 +210,10 @@ def _translated_errors(base_model: str) -> Iterator[None]:
         text = str(error)
         if re.search(r"pytorch_model\.bin|safetensors.*(not|no file)", text) and "safetensors" in text:
             raise WeightsUnsafe(f"base_model: {base_model!r} has no safetensors weights") from error
+        if _is_outage(error):
+            raise ModelUnavailable(f"base_model: {base_model!r} cannot be reached just now") from error
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise ScratchFull(f"no room left for base_model {base_model!r}; free space") from error
         raise ModelNotFound(
             f"base_model: {base_model!r} cannot be loaded; "
             "it does not exist, the revision is unknown, or the hub is out of reach"
@@ -217,6 +224,17 @@ def _translated_errors(base_model: str) -> Iterator[None]:
                 f"base_model: {base_model!r} is no causal language model that transformers knows without remote code"
             ) from error
         raise
+
+
+def _is_outage(error: BaseException | None) -> bool:
+    """Whether the hub or a disk failed in a way that another time it may not."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError):
+            return error.response.status_code == 429 or error.response.status_code >= 500
+        if isinstance(error, HTTPError) or getattr(error, "errno", None) in _OUTAGES:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _digest(files: list[Path]) -> str:

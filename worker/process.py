@@ -17,8 +17,9 @@ from d2lora.settings import DatabaseSettings, StorageSettings, WorkerSettings
 from d2lora.shards import ShardTask
 from d2lora.storage import open_storage
 from d2lora.store import Store
-from worker.runner import Runner, remove_leftovers
+from worker.runner import Runner
 from worker.units import OnProgress, ShardFiles, ShardOutput, Share, Split
+from worker.workplace import remove_leftovers
 
 log = logging.getLogger(__name__)
 

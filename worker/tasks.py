@@ -10,6 +10,7 @@ from typing import Any
 
 from celery import shared_task, signals
 
+from d2lora.errors import StoreUnavailable
 from d2lora.queue import MESSAGE_FORMAT, TASK
 from worker.app import STOP_SIGNAL, set_up_logging
 from worker.process import RealWork, open_runner
@@ -53,6 +54,8 @@ def work(initialization_id: str, message_format: int, **_: Any) -> None:
         return
     try:
         _runner().run_next(initialization_id)
+    except StoreUnavailable:
+        log.warning("store_unavailable")  # nothing was claimed; the dispatcher tells again
     except Recycle:
         log.warning("worker_recycled")
         os._exit(1)  # the parent starts a fresh child; the unit is settled, so the message may go

@@ -12,6 +12,9 @@ from d2lora.datasets import DatasetFile
 from d2lora.initializations import InitializationSpec, Phase, Result
 from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
 
+ROWS = "rows.safetensors"
+"""Name under which a statistics task expects its rows."""
+
 OnProgress = Callable[[Phase, int, int], None]
 """Told (phase, done, total) at least once per batch; may raise, which stops the unit."""
 

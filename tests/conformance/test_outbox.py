@@ -190,3 +190,24 @@ def test_the_census_counts_units_waits_and_failures(store, spec):
     assert all(0 <= seconds < 60 for seconds in census.oldest_free_seconds.values())
     assert census.failed == {"numerical_failure": 1}
     assert census.pending == 6
+
+
+def test_a_paused_job_hides_no_lost_message(store, spec):
+    store.create("acme", spec)
+    drain(store)
+    store.leases.retry(take(store), PROBLEM, max_attempts=9, pause=timedelta(seconds=60))
+    lost, _ = store.create("acme", spec)
+    drain(store)
+    assert store.outbox.census().pending == 0
+
+    assert store.outbox.forgotten("cpu", waiting=0, silent_for=NOW) == 1
+
+    assert drain(store) == [lost.id]
+
+
+def test_no_more_is_woken_than_is_missing(store, spec):
+    for _ in range(5):
+        store.create("acme", spec)
+    drain(store)
+
+    assert store.outbox.forgotten("cpu", waiting=3, silent_for=NOW) == 2

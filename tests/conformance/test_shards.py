@@ -1,6 +1,8 @@
 import threading
 from datetime import timedelta
 
+from sqlalchemy import text
+
 from d2lora.claims import Claim, Outcome, Plan, ShardClaim, Stage, Standing, StoredFile
 from d2lora.errors import NumericalFailure
 from d2lora.initializations import Phase, Progress, State
@@ -245,3 +247,53 @@ def test_a_problem_of_a_claim_that_is_lost_is_not_written(store, spec):
 
     assert state_of(store, job) is State.RUNNING
     assert Stage.SHARDS == "shards"
+
+
+def test_a_claim_of_a_shard_does_not_outlive_its_cut(store, spec):
+    """Numbers and attempts begin anew when a job is cut anew; an old claim must not settle a new shard."""
+    split(store, spec)
+    old = take(store)
+    store.leases.restart(take(store))
+    held = take(store)
+    shards = [(StatisticsTask(rows=10, tokens=100), file(f"other-{number}")) for number in range(3)]
+    store.leases.split(held, PLAN, shards)
+    new = take(store)
+    assert (new.number, new.attempt) == (old.number, old.attempt)
+
+    assert store.leases.standing(old) is Standing.LOST
+    assert store.leases.renew(old, lease=LEASE) is Standing.LOST
+    assert not finish(store, old)
+    assert finish(store, new)
+
+
+def test_handing_a_shard_back_is_no_outage(store, spec):
+    split(store, spec, count=1)
+    for _ in range(5):
+        store.leases.hand_back(take(store))
+
+    assert store.leases.retry(take(store), PROBLEM, max_attempts=2, pause=timedelta(0))
+
+    assert take(store) is not None
+
+
+def test_dead_workers_of_shards_are_counted(store, spec):
+    split(store, spec)
+    take(store, lease=OVER)
+    take(store)
+
+    assert store.outbox.census().deaths == 1
+
+
+def test_a_request_of_a_newer_version_is_left_to_a_newer_worker_and_blocks_nobody(store, spec):
+    newer, _ = store.create("acme", spec)
+    job, _ = store.create("acme", spec)
+    with store._engine.begin() as connection:
+        stored = spec.model_dump_json()[:-1] + ', "field_of_the_future": 1}'
+        connection.execute(
+            text("UPDATE initializations SET spec = :spec WHERE id = :id"), {"spec": stored, "id": newer.id}
+        )
+
+    assert take(store).id == job.id
+    assert take(store) is None
+    assert store.get("acme", newer.id).state is State.QUEUED
+    assert len(store.page("acme", limit=10)[0]) == 2

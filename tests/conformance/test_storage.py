@@ -152,3 +152,14 @@ def test_a_full_disk_is_said_to_be_full_and_keeps_no_half(file, tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
         if mounted:
             subprocess.run(["umount", str(root)], check=True)
+
+
+@pytest.mark.parametrize("storage", ["s3"], indirect=True)  # files appear whole
+def test_an_upload_that_was_killed_in_the_middle_is_removed_with_its_prefix(storage):
+    started = storage._client.create_multipart_upload(Bucket=storage._bucket, Key="t/acme/x/shards/sums")
+    part = {"Bucket": storage._bucket, "Key": "t/acme/x/shards/sums", "UploadId": started["UploadId"]}
+    storage._client.upload_part(**part, PartNumber=1, Body=b"x" * 1000)
+
+    storage.delete_prefix("t/acme/x/shards/")
+
+    assert not storage._client.list_multipart_uploads(Bucket=storage._bucket).get("Uploads")

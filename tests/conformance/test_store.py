@@ -1,11 +1,18 @@
 import itertools
+import secrets
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import create_engine, event
 
+import d2lora
 from d2lora.claims import Standing
+from d2lora.database import migrate
 from d2lora.errors import Conflict, IdempotencyMismatch, NotFound, NumericalFailure, RequestInvalid, StoreUnavailable
 from d2lora.initializations import HeldOut, InitializationSpec, Phase, Progress, Result, ResultSummary, State
 from d2lora.settings import DatabaseSettings
@@ -423,3 +430,67 @@ def test_saying_a_success_again_is_no_error_and_another_attempts_is(store, spec)
 def test_a_database_that_is_away_is_said_to_be():
     with pytest.raises(StoreUnavailable), Store(DatabaseSettings(url="postgresql+psycopg://nobody@127.0.0.1:1/x")) as s:
         s.ping()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_database_that_is_in_use_is_upgraded_and_downgraded(kind, request, tmp_path):
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    if kind == "postgresql":
+        url = request.getfixturevalue("postgresql").create_database(f"old_{secrets.token_hex(6)}")
+    engine = create_engine(url)
+    if kind == "sqlite":
+
+        @event.listens_for(engine, "connect")
+        def enforce(connection, _):
+            connection.execute("PRAGMA foreign_keys=ON")
+
+    def step(verb, revision):
+        config = Config()
+        config.set_main_option("script_location", str(Path(d2lora.__file__).parent / "migrations"))
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            verb(config, revision)
+
+    step(command.upgrade, "0001")
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO initializations (id, tenant, state, spec, attempt, failures, created_at) VALUES"
+            " ('init_1', 'acme', 'queued', '{\"base_model\": \"m\", \"dataset_id\": \"ds_1\"}', 0, 0,"
+            " '2026-01-01 00:00:00')"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO events (initialization_id, seq, at, type, data) VALUES"
+            " ('init_1', 1, '2026-01-01 00:00:00', 'queued', '{}')"
+        )
+
+    step(command.upgrade, "head")
+    with Store(DatabaseSettings(url=url)) as store:
+        job = store.get("acme", "init_1")
+        assert (job.state, len(store.events("acme", job.id))) == (State.QUEUED, 1)
+    step(command.downgrade, "0001")
+
+    with engine.begin() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM events").scalar() == 1
+    engine.dispose()
+
+
+def test_an_older_version_works_on_a_newer_database(database, store, spec):
+    with store._engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+
+    migrate(database)
+
+    assert store.create("acme", spec)[1]
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)  # SQLite has no locks on rows
+def test_a_job_that_somebody_holds_locked_is_waited_for_ten_seconds(database, store, spec):
+    job, _ = store.create("acme", spec)
+    with store._engine.begin() as connection:
+        connection.exec_driver_sql(f"SELECT * FROM initializations WHERE id = '{job.id}' FOR UPDATE")
+
+        started = time.monotonic()
+        with pytest.raises(StoreUnavailable):
+            store.cancel("acme", job.id)
+        assert 5 < time.monotonic() - started < 25
+        assert store.outbox.forgotten("cpu", waiting=0, silent_for=timedelta(0)) == 0  # it waits for nobody

@@ -13,12 +13,17 @@ depends_on = None
 
 def upgrade() -> None:
     """Add them; jobs that are there already are whole, and for any worker that takes the queue cpu."""
-    with op.batch_alter_table("initializations") as table:
-        table.add_column(sa.Column("queue", sa.String(32), nullable=False, server_default="cpu"))
-        table.add_column(sa.Column("stage", sa.String(16), nullable=False, server_default="whole"))
-        table.add_column(sa.Column("plan", sa.JSON()))
-        table.add_column(sa.Column("woken_at", UtcDateTime()))
-        table.add_column(sa.Column("cleaned", sa.Boolean(), nullable=False, server_default=sa.false()))
+    # Not in a batch, which on SQLite makes the table anew: its events would still refer to the one that is dropped.
+    for column in (
+        sa.Column("deaths", sa.Integer(), nullable=False, server_default="0"),
+        sa.Column("outages", sa.Integer(), nullable=False, server_default="0"),
+        sa.Column("queue", sa.String(32), nullable=False, server_default="cpu"),
+        sa.Column("stage", sa.String(16), nullable=False, server_default="whole"),
+        sa.Column("plan", sa.JSON()),
+        sa.Column("woken_at", UtcDateTime()),
+        sa.Column("cleaned", sa.Boolean(), nullable=False, server_default="0"),
+    ):
+        op.add_column("initializations", column)
     op.create_index("ix_initializations_state_cleaned", "initializations", ["state", "cleaned"])
     op.create_table(
         "shards",
@@ -32,6 +37,7 @@ def upgrade() -> None:
         sa.Column("rows_done", sa.Integer(), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("failures", sa.Integer(), nullable=False),
+        sa.Column("outages", sa.Integer(), nullable=False),
         sa.Column("worker", sa.String(255)),
         sa.Column("lease_until", UtcDateTime()),
         sa.PrimaryKeyConstraint("initialization_id", "number", name="pk_shards"),
@@ -65,6 +71,5 @@ def downgrade() -> None:
     for name in ("leaders", "outbox", "shards"):
         op.drop_table(name)
     op.drop_index("ix_initializations_state_cleaned", "initializations")
-    with op.batch_alter_table("initializations") as table:
-        for column in ("cleaned", "woken_at", "plan", "stage", "queue"):
-            table.drop_column(column)
+    for name in ("cleaned", "woken_at", "plan", "stage", "queue", "outages", "deaths"):
+        op.drop_column("initializations", name)

@@ -148,12 +148,12 @@ def test_after_a_jobs_end_only_its_result_stays(store, spec, storage, tmp_path, 
     put(storage, tmp_path, initialization_prefix("acme", job.id, 1) + "adapter.safetensors")
     put(storage, tmp_path, result + "manifest.json")
     put(storage, tmp_path, shards_prefix("acme", job.id) + "split-1/rows-0.safetensors")
-    dispatcher.reconcile()
+    dispatcher.tidy()
     assert len(keys(storage)) == 3  # it runs
 
     store.leases.succeed(held, RESULT, result)
     time.sleep(0.05)
-    dispatcher.reconcile()
+    dispatcher.tidy()
 
     assert keys(storage) == {result + "manifest.json"}
 
@@ -168,9 +168,9 @@ def test_a_storage_that_is_away_is_tidied_later(store, spec, storage, tmp_path, 
         def delete_prefix(self, prefix):
             raise StorageUnavailable("away")
 
-    Dispatcher(store.outbox, Away(storage._root), broker, FAST).reconcile()
+    Dispatcher(store.outbox, Away(storage._root), broker, FAST).tidy()
     assert len(keys(storage)) == 1
-    Dispatcher(store.outbox, storage, broker, FAST).reconcile()
+    Dispatcher(store.outbox, storage, broker, FAST).tidy()
 
     assert keys(storage) == set()
 
@@ -182,7 +182,7 @@ def test_old_results_are_removed_when_retention_is_set(store, spec, storage, tmp
     store.leases.succeed(take(store), RESULT, result)
     dispatcher = Dispatcher(store.outbox, storage, broker, FAST.model_copy(update={"retention_days": 1e-9}))
 
-    dispatcher.reconcile()
+    dispatcher.tidy()
 
     assert state_of(store, job) is State.EXPIRED
     assert keys(storage) == set()
@@ -246,3 +246,21 @@ def test_dispatching_ends_with_its_block(store, storage):
 
     assert store.outbox.lead("other", lease=LEASE)
     assert "dispatcher" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_files_that_cannot_be_removed_leave_the_others_to_be_tidied(store, spec, storage, tmp_path, broker):
+    stuck, other = (store.create("acme", spec)[0] for _ in range(2))
+    for job in (stuck, other):
+        put(storage, tmp_path, shards_prefix("acme", job.id) + "split-1/rows-0.safetensors")
+        store.cancel("acme", job.id)
+    time.sleep(0.05)
+
+    class Stubborn(LocalStorage):
+        def delete_prefix(self, prefix):
+            if stuck.id in prefix:
+                raise StorageUnavailable("kept")
+            super().delete_prefix(prefix)
+
+    Dispatcher(store.outbox, Stubborn(storage._root), broker, FAST).tidy()
+
+    assert [stuck.id in key for key in keys(storage)] == [True]

@@ -10,12 +10,21 @@ import pytest
 
 from d2lora.database import migrate
 from d2lora.datasets import Dataset
-from d2lora.errors import NotFound, NumericalFailure, StorageFull, StorageUnavailable, StoreUnavailable
+from d2lora.errors import (
+    ChecksumMismatch,
+    NotFound,
+    NumericalFailure,
+    ScratchFull,
+    StorageFull,
+    StorageUnavailable,
+    StoreUnavailable,
+)
 from d2lora.initializations import InitializationSpec, Phase, Result, ResultFile, ResultSummary, State
 from d2lora.settings import DatabaseSettings, WorkerSettings
 from d2lora.storage import LocalStorage, dataset_key
 from d2lora.store import Store
-from worker.runner import Runner, remove_leftovers
+from worker.runner import Runner
+from worker.workplace import remove_leftovers, workplace
 
 SETTINGS = WorkerSettings(lease_seconds=5, heartbeat_seconds=0.02, max_attempts=2)
 ROWS = b'{"text": "hello"}\n'
@@ -316,18 +325,139 @@ def test_a_dataset_whose_bytes_are_gone_is_said_to_be(store, storage, job):
     assert store.get("acme", job.id).error.code == NotFound.code
 
 
+def test_a_stop_hands_a_unit_back_that_gives_no_sign_of_progress(store, storage, job):
+    """A model that loads for minutes, say: another worker takes the job at once, and this one's late result is none."""
+    loading, stop, loaded = threading.Event(), threading.Event(), threading.Event()
+
+    def slow_build(spec, dataset, eval_dataset, out, on_progress):
+        loading.set()
+        assert loaded.wait(20)
+        return write_result(out)
+
+    thread = threading.Thread(target=run, args=(store, storage, slow_build), kwargs={"stop": stop})
+    thread.start()
+    loading.wait(5)
+    stop.set()
+    end = time.monotonic() + 10
+    while store.get("acme", job.id).state is not State.QUEUED and time.monotonic() < end:
+        time.sleep(0.02)
+
+    assert run(store, storage, good_build)
+    loaded.set()
+    thread.join(10)
+
+    done = store.get("acme", job.id)
+    assert (done.state, done.attempt) == (State.SUCCEEDED, 2)
+    assert store.files_prefix("acme", job.id).endswith("/2/")
+    assert stored_files(storage) == {file.name for file in done.result.files}
+
+
+def test_after_an_outage_longer_than_the_lease_the_claim_is_kept_by_who_still_works_on_it(
+    store, storage, job, monkeypatch
+):
+    renew, away = store.leases.renew, threading.Event()
+    settings = SETTINGS.model_copy(update={"lease_seconds": 0.3})
+    away.set()
+
+    def flaky(*arguments, **named):
+        if away.is_set():
+            raise StoreUnavailable("away")
+        return renew(*arguments, **named)
+
+    monkeypatch.setattr(store.leases, "renew", flaky)
+
+    def build(spec, dataset, eval_dataset, out, on_progress):
+        time.sleep(0.6)
+        away.clear()
+        time.sleep(0.3)
+        assert store.leases.claim("other", lease=timedelta(seconds=5), max_attempts=9) is None
+        on_progress(Phase.STATISTICS, 1, 1)
+        return write_result(out)
+
+    run(store, storage, build, settings=settings)
+
+    done = store.get("acme", job.id)
+    assert (done.state, done.attempt) == (State.SUCCEEDED, 1)
+
+
+def test_a_unit_that_hangs_ends_its_process(store, storage, job):
+    ended = threading.Event()
+
+    def hanging_build(spec, dataset, eval_dataset, out, on_progress):
+        assert ended.wait(20)
+        return write_result(out)
+
+    settings = SETTINGS.model_copy(update={"job_hours": 0.1 / 3600})
+    runner = Runner(
+        store.leases,
+        storage,
+        FakeWork(hanging_build),
+        settings,
+        worker="w",
+        stop=threading.Event(),
+        on_hang=ended.set,
+    )
+    runner.run_next()
+
+    assert ended.is_set()
+
+
+def test_a_read_that_was_damaged_on_the_way_is_made_again(store, storage, job):
+    class Noisy(LocalStorage):
+        reads = 0
+
+        def get_file(self, key, path, sha256):
+            Noisy.reads += 1
+            if Noisy.reads == 1:
+                raise ChecksumMismatch("damaged")
+            super().get_file(key, path, sha256)
+
+    run(store, Noisy(storage._root), good_build)
+
+    assert store.get("acme", job.id).state is State.SUCCEEDED
+
+
+def test_a_worker_whose_disk_is_full_fails_no_job_and_pauses(store, storage, job):
+    settings = SETTINGS.model_copy(update={"lease_seconds": 0.6})
+    started = time.monotonic()
+
+    run(store, storage, failing_build(ScratchFull("no room")), settings=settings)
+
+    assert time.monotonic() - started > 0.2
+    assert store.get("acme", job.id).state is State.QUEUED
+
+
 def test_what_a_killed_worker_left_is_removed_and_what_a_living_one_uses_is_not(tmp_path, monkeypatch):
     import os
     import subprocess
     import sys
 
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for name in (f"d2lora-job-{child.pid}-abc", f"d2lora-job-{os.getpid()}-abc", "something-else"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "dataset").write_text("a row")
+    script = """
+import time
+from worker.workplace import workplace
+with workplace() as path:
+    print(path, flush=True)
+    time.sleep(60)
+"""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+        )
+        for _ in range(2)
+    ]
+    killed, living = (tmp_path / worker.stdout.readline().strip() for worker in workers)
+    (tmp_path / "something-else").mkdir()
+    workers[0].kill()
+    workers[0].wait()
+    with workplace() as own:
+        remove_leftovers()
 
-    remove_leftovers()
-
-    assert {path.name for path in tmp_path.iterdir()} == {f"d2lora-job-{os.getpid()}-abc", "something-else"}
+        assert {path.name for path in tmp_path.iterdir()} == {living.name, own.name, "something-else"}
+    assert killed.name.startswith("d2lora-job-")
+    workers[1].kill()
+    workers[1].communicate()
+    workers[0].communicate()

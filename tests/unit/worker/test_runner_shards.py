@@ -243,3 +243,40 @@ def test_shards_whose_bytes_were_changed_are_not_used(store, storage, job, runne
     runner.run_next()
 
     assert store.get("acme", job.id).error.code == "checksum_mismatch"
+
+
+def test_after_a_rollback_an_older_worker_begins_the_job_anew_in_the_end(store, job, runner):  # noqa: F811
+    def refuse(task, _):
+        raise FormatMismatch("format 9")
+
+    settings = SETTINGS.model_copy(update={"lease_seconds": 0.03, "max_outage_attempts": 1})
+    runner.run_next()
+    refusing = replace(runner, work=ShardedWork(on_shard=refuse), settings=settings)
+    end = time.monotonic() + 20
+    while store.get("acme", job.id).state is State.RUNNING and time.monotonic() < end:
+        refusing.run_next()
+
+    assert store.get("acme", job.id).state is State.QUEUED
+    drain(runner)
+    assert store.get("acme", job.id).state is State.SUCCEEDED
+
+
+def test_a_shard_whose_files_are_gone_lets_the_job_begin_anew(store, storage, job, runner):  # noqa: F811
+    runner.run_next()
+    storage.delete_prefix(f"t/acme/initializations/{job.id}/shards/")
+
+    drain(runner)
+
+    assert types_of(store, job).count("split") == 2
+    assert store.get("acme", job.id).state is State.SUCCEEDED
+
+
+def test_what_a_lost_shard_stores_late_does_not_stay(store, storage, job, runner):  # noqa: F811
+    def cancel(task, _):
+        store.cancel("acme", job.id)
+
+    runner.run_next()
+    before = {path for path in storage._root.rglob("*") if path.is_file()}
+    replace(runner, work=ShardedWork(on_shard=cancel)).run_next()
+
+    assert {path for path in storage._root.rglob("*") if path.is_file()} == before
