@@ -15,9 +15,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
+from pydantic import BaseModel
 
 from d2lora.datasets import Dataset, Format
 from d2lora.errors import ChecksumMismatch, Conflict, D2LoraError, Problem, ServiceUnreachable, from_problem
@@ -75,7 +76,7 @@ class Client:
                 headers={"content-type": _MEDIA_TYPES[kind]},
                 file=file,
             )
-        return Dataset.model_validate(response.json())
+        return _read(Dataset, response.json())
 
     def submit(self, spec: InitializationSpec, *, idempotency_key: str | None = None) -> Initialization:
         """Ask for an adapter. Without a key of yours a fresh one makes the tries of this call count once."""
@@ -85,11 +86,11 @@ class Client:
             json=spec.model_dump(mode="json"),
             headers={"idempotency-key": idempotency_key or secrets.token_hex(16)},
         )
-        return Initialization.model_validate(response.json())
+        return _read(Initialization, response.json())
 
     def get(self, initialization_id: str) -> Initialization:
         """Return an initialization."""
-        return Initialization.model_validate(self._send("GET", f"/v1/initializations/{initialization_id}").json())
+        return _read(Initialization, self._send("GET", f"/v1/initializations/{initialization_id}").json())
 
     def initializations(self, *, state: State | None = None) -> Iterator[Initialization]:
         """Yield all initializations, newest first."""
@@ -101,7 +102,7 @@ class Client:
                 *([("state", state)] if state else []),
             ]
             page = self._send("GET", "/v1/initializations", params=params).json()
-            yield from map(Initialization.model_validate, page["data"])
+            yield from (_read(Initialization, one) for one in page["data"])
             cursor = page["next_cursor"]
             if cursor is None:
                 return
@@ -109,7 +110,7 @@ class Client:
     def cancel(self, initialization_id: str) -> Initialization:
         """Cancel an initialization."""
         response = self._send("POST", f"/v1/initializations/{initialization_id}/cancel")
-        return Initialization.model_validate(response.json())
+        return _read(Initialization, response.json())
 
     def wait(
         self,
@@ -137,7 +138,7 @@ class Client:
 
     def adapter(self, initialization_id: str) -> Adapter:
         """Return where the files of a succeeded initialization are."""
-        return Adapter.model_validate(self._send("GET", f"/v1/initializations/{initialization_id}/adapter").json())
+        return _read(Adapter, self._send("GET", f"/v1/initializations/{initialization_id}/adapter").json())
 
     def pull(self, initialization_id: str, directory: Path) -> list[Path]:
         """Download the adapter into a directory that appears only when every checksum is right.
@@ -208,9 +209,17 @@ class Client:
         raise AssertionError("the last try returns or raises")
 
 
+_Answer = TypeVar("_Answer", bound=BaseModel)
+
+
+def _read(model: type[_Answer], answer: Any) -> _Answer:
+    """Return an answer as a resource; fields that a newer service knows are left out."""
+    return model.model_validate(answer, extra="ignore")
+
+
 def _error(response: httpx.Response) -> D2LoraError:
     try:
-        return from_problem(Problem.model_validate(response.json()))
+        return from_problem(_read(Problem, response.json()))
     except ValueError:  # not this service, or something in front of it
         return ServiceUnreachable(f"{response.url} answered {response.status_code} without a problem object")
 

@@ -195,3 +195,11 @@ def test_a_code_of_a_newer_service_keeps_its_words():
     for error in (from_problem(problem), pickle.loads(pickle.dumps(from_problem(problem)))):
         assert (error.code, error.status, error.detail) == ("teapot", 418, "d")
         assert error.problem().code == "teapot"
+
+
+def test_fields_of_a_newer_service_are_left_out():
+    newer = {**JOB, "field_of_the_future": 1, "spec": {**JOB["spec"], "another": {"deep": True}}}
+    with client_of(lambda _: httpx.Response(200, json=newer)) as client:
+        job = client.get("init_1")
+
+    assert (job.id, job.spec.base_model) == ("init_1", "m")
