@@ -25,7 +25,7 @@ from worker.factors import Direction
 from worker.objectives import Scores
 from worker.sketching import LowRank
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a file's meaning changes, so that old and new workers never mix them up."""
 
 _KEY = "d2lora"

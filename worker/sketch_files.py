@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -53,6 +54,7 @@ class SketchFile:
                 self._header[f"{name}/{part}"] = {"dtype": dtype, "shape": size, "data_offsets": [start, end]}
         sizes = {name: [shape.out_features, shape.in_features, shape.width] for name, shape in shapes.items()}
         self._about = {"kind": kind, "shapes": sizes, "made_from": made_from}
+        self._buffer = bytearray(max(self._span(name)[1] - self._span(name)[0] for name in shapes))
         self._file = path.open("w+b")
         self._offset = self._write_header(Counts(), len(self._encoded(Counts())) + _ROOM_FOR_COUNTS)
         self._file.truncate(self._offset + end)  # a hole in the file reads as zeros
@@ -77,10 +79,18 @@ class SketchFile:
         paired: bool,
     ) -> None:
         """Add a batch to one layer's sums."""
-        batch = self._kind.empty(self._shapes[name], self._bases, self._matrices.on(inputs.device))
-        batch.add(inputs, output_grads, weights, paired=paired)
-        for part, tensor in batch.tensors().items():
-            self._add_to(f"{name}/{part}", tensor.cpu().numpy())
+        shape = self._shapes[name]
+        sums = self._read(name)
+        if inputs.device.type == "cpu":
+            matrices = self._matrices.on(inputs.device)
+            layer = self._kind.from_tensors(shape, matrices, {part: torch.from_numpy(sums[part]) for part in sums})
+            layer.add(inputs, output_grads, weights, paired=paired)
+        else:
+            batch = self._kind.empty(shape, self._bases, self._matrices.on(inputs.device))
+            batch.add(inputs, output_grads, weights, paired=paired)
+            for part, tensor in batch.tensors().items():
+                sums[part] += tensor.cpu().numpy()
+        self._write(name)
 
     def add_file(self, path: Path, *, made_from: str) -> Counts:
         """Add the sums of a shard's file, and return what normalizes those.
@@ -94,22 +104,45 @@ class SketchFile:
             raise damaged(path)
         try:
             with safe_open(path, framework="numpy") as file:
-                for name, entry in self._header.items():
-                    part = file.get_tensor(name)
-                    if list(part.shape) != entry["shape"] or part.dtype != _DTYPES[entry["dtype"]]:
-                        raise damaged(path)
-                    self._add_to(name, part)
+                for name in self._shapes:
+                    for part, sums in self._read(name).items():
+                        other = file.get_tensor(f"{name}/{part}")
+                        if other.shape != sums.shape or other.dtype != sums.dtype:
+                            raise damaged(path)
+                        np.add(sums, other, out=sums)
+                    self._write(name)
             return Counts(**about["counts"])
         except (SafetensorError, KeyError, TypeError) as error:
             raise damaged(path) from error
 
-    def _add_to(self, name: str, part: NDArray[Any]) -> None:
-        entry = self._header[name]
-        start, end = entry["data_offsets"]
-        stored = os.pread(self._file.fileno(), end - start, self._offset + start)
-        summed: np.ndarray[Any, Any] = np.frombuffer(stored, dtype=_DTYPES[entry["dtype"]])
-        summed = summed + part.ravel()
-        left, place = memoryview(summed.tobytes()), self._offset + start
+    def _parts(self, name: str) -> dict[str, Any]:
+        layout = self._kind.layout(self._shapes[name], self._bases)
+        return {part: self._header[f"{name}/{part}"] for part in layout}
+
+    def _span(self, name: str) -> tuple[int, int]:
+        """Return where a layer's sums lie; its parts are neighbours."""
+        offsets = [offset for entry in self._parts(name).values() for offset in entry["data_offsets"]]
+        return min(offsets), max(offsets)
+
+    def _read(self, name: str) -> dict[str, NDArray[Any]]:
+        """Return a layer's sums, in the buffer that all layers share: fresh memory costs more than the addition."""
+        start, end = self._span(name)
+        read = os.preadv(self._file.fileno(), [memoryview(self._buffer)[: end - start]], self._offset + start)
+        assert read == end - start, "a file of sums is shorter than its header says"
+        return {
+            part: np.frombuffer(
+                self._buffer,
+                dtype=_DTYPES[entry["dtype"]],
+                count=math.prod(entry["shape"]),
+                offset=entry["data_offsets"][0] - start,
+            ).reshape(entry["shape"])
+            for part, entry in self._parts(name).items()
+        }
+
+    def _write(self, name: str) -> None:
+        """Write back what `_read` has returned."""
+        start, end = self._span(name)
+        left, place = memoryview(self._buffer)[: end - start], self._offset + start
         while left:  # a disk that fills up takes a part first, and only then says so
             written = os.pwrite(self._file.fileno(), left, place)
             left, place = left[written:], place + written
@@ -164,17 +197,18 @@ def load(path: Path, matrices: TestMatrices) -> Statistics:
 
 
 class _StoredLayers(Mapping[str, LayerStatistics]):
-    """Layers of a file, read at every look-up."""
+    """Layers of a file, read at every look-up; the file may be removed meanwhile."""
 
     def __init__(
         self, path: Path, matrices: TestMatrices, kind: type[Sketch] | type[DenseGradient], shapes: dict[str, Shape]
     ) -> None:
-        self._path, self._matrices, self._kind, self._shapes = path, matrices, kind, shapes
+        self._matrices, self._kind, self._shapes = matrices, kind, shapes
+        # Open for good: finding a layer anew means to read the names of all.
+        self._file = safe_open(path, framework="pt", device=str(matrices.device))
 
     def __getitem__(self, name: str) -> LayerStatistics:
         parts: Sequence[str] = list(self._kind.layout(self._shapes[name], 1))
-        with safe_open(self._path, framework="pt", device=str(self._matrices.device)) as file:
-            tensors = {part: file.get_tensor(f"{name}/{part}") for part in parts}
+        tensors = {part: self._file.get_tensor(f"{name}/{part}") for part in parts}
         return self._kind.from_tensors(self._shapes[name], self._matrices, tensors)
 
     def __iter__(self) -> Iterator[str]:

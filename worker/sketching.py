@@ -21,8 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_TRANSIENT_ELEMENTS = 2**22
-"""Elements of the per-sequence products held at once; 16 MiB in float32."""
+_TRANSIENT_ELEMENTS = 2**20
+"""Elements of the per-sequence products held at once; 4 MiB in float32."""
+_MOST_PARTS = 8
+"""Parts that psi folds onto each other; more would save little and cost a kernel each."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,48 @@ class Shape:
 
     @property
     def corange_width(self) -> int:
-        """P, at least 2 Q + 1 as [1] recommends, and never more than a full basis."""
-        return min(2 * self.width + 1, self.longer)
+        """P, twice Q and so at least four times the directions that are fitted; never more than a full basis."""
+        return min(2 * self.width, self.longer)
+
+
+@dataclass(frozen=True)
+class FoldedMatrix:
+    """A test matrix psi (P x L), in one or two blocks of rows.
+
+    A block cuts a vector into parts, adds these up with signs, and multiplies the sum by its ``mix``: folding costs an
+    addition per entry, and leaves the product only a part of the length. Signs keep squared norms unbiased
+    (E |psi g|^2 = P |g|^2). Entries that one block adds up lie apart in the other, since the lengths of their parts
+    have no common factor: no two entries are ever confused.
+    """
+
+    signs: Float[Tensor, " L"]
+    mixes: tuple[Float[Tensor, "_ _"], ...]
+    """Of every block, W x B: the length of its parts, and its rows; a single one with W = L is no fold at all."""
+
+    def of(self, rows: Float[Tensor, "*N L"]) -> Float[Tensor, "*N P"]:
+        """Return ``rows @ psi.T``."""
+        if len(self.mixes) == 1:
+            return rows @ self.mixes[0]
+        return torch.cat([self._folded(rows, len(mix)) @ mix for mix in self.mixes], dim=-1)
+
+    def dense(self) -> Float[Tensor, "P L"]:
+        """Return psi itself."""
+        return self.of(torch.eye(len(self.signs), device=self.signs.device)).T
+
+    def _folded(self, rows: Float[Tensor, "*N L"], part: int) -> Float[Tensor, "*N W"]:
+        folded = rows[..., :part] * self.signs[:part]
+        for start in range(part, len(self.signs), part):
+            end = min(start + part, len(self.signs))
+            folded[..., : end - start].addcmul_(rows[..., start:end], self.signs[start:end])
+        return folded
 
 
 @dataclass
 class TestMatrices:
     """Seeded test matrices, shared by all layers of equal sides: ``omega`` (M x Q) and ``psi`` (P x L).
 
-    Rows of psi and columns of omega are orthonormal up to a factor that makes squared norms unbiased
-    (E |psi g|^2 = P |g|^2), which is better conditioned than Gaussian entries and exact for a full basis.
+    Columns of omega are orthonormal up to a factor that makes squared norms unbiased, and so are those of psi's mix:
+    this is better conditioned than Gaussian entries, and exact for a full basis.
     """
 
     __test__: ClassVar[bool] = False  # not a test case, whatever pytest thinks of the name
@@ -101,21 +135,36 @@ class TestMatrices:
 
     def omega(self, shape: Shape) -> Float[Tensor, "M Q"]:
         """Return the test matrix of the range sketch."""
-        return self._matrix("omega", shape.shorter, shape.width)
+        return self._kept("omega", shape.shorter, shape.width)
 
-    def psi(self, shape: Shape) -> Float[Tensor, "P L"]:
+    def psi(self, shape: Shape) -> FoldedMatrix:
         """Return the test matrix of the co-range sketch."""
-        return self._matrix("psi", shape.longer, shape.corange_width).T
+        length, rows = shape.longer, shape.corange_width
+        parts = min(_MOST_PARTS, length // rows)
+        if parts < 2:
+            return FoldedMatrix(torch.ones(length, device=self.device), (self._kept("mix", length, rows),))
+        shorter = -(-length // parts) | 1
+        blocks = ((shorter, rows // 2), (shorter + 2, rows - rows // 2))  # odd numbers two apart have no common factor
+        return FoldedMatrix(self._kept("signs", length, 1)[:, 0], tuple(self._kept("mix", *block) for block in blocks))
 
-    def _matrix(self, role: str, rows: int, columns: int) -> Tensor:
+    def _kept(self, role: str, rows: int, columns: int) -> Tensor:
         key = (role, rows, columns)
         if key not in self._cache:
-            generator = torch.Generator().manual_seed(self.seed * 2 + (role == "psi"))
-            gaussian = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-            q, r = torch.linalg.qr(gaussian)
-            q = q * torch.sign(torch.diagonal(r))  # makes the distribution uniform (Haar)
-            self._cache[key] = (q * rows**0.5).float().to(self.device)
+            generator = torch.Generator().manual_seed(self.seed * 3 + ("omega", "mix", "signs").index(role))
+            make = _signs if role == "signs" else _orthonormal
+            self._cache[key] = make(rows, columns, generator).to(self.device)
         return self._cache[key]
+
+
+def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Float[Tensor, "N M"]:
+    gaussian = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    q = q * torch.sign(torch.diagonal(r))  # makes the distribution uniform (Haar)
+    return (q * rows**0.5).float()
+
+
+def _signs(rows: int, columns: int, generator: torch.Generator) -> Float[Tensor, "N M"]:
+    return torch.randint(0, 2, (rows, columns), generator=generator) * 2.0 - 1.0
 
 
 @dataclass
@@ -124,8 +173,8 @@ class Sketch:
 
     shape: Shape
     matrices: TestMatrices
-    range_sketch: Float[Tensor, "K L Q"]
-    """``G_k omega`` (of G_k^T when transposed)."""
+    range_sketch: Float[Tensor, "K Q L"]
+    """``(G_k omega)^T`` (of G_k^T when transposed)."""
     corange_sketch: Float[Tensor, "K P M"]
     """``psi G_k``."""
     row_gramian: Float[Tensor, "K K"]
@@ -137,7 +186,7 @@ class Sketch:
         return Sketch(
             shape=shape,
             matrices=matrices,
-            range_sketch=torch.zeros(bases, shape.longer, shape.width, device=matrices.device),
+            range_sketch=torch.zeros(bases, shape.width, shape.longer, device=matrices.device),
             corange_sketch=torch.zeros(bases, shape.corange_width, shape.shorter, device=matrices.device),
             row_gramian=torch.zeros(bases, bases, dtype=torch.float64, device=matrices.device),
         )
@@ -150,7 +199,7 @@ class Sketch:
         *,
         paired: bool,
     ) -> None:
-        """Add ``sum_s weights[k, s] D_s^T X_s`` to every basis; all of it or, if memory runs out, nothing.
+        """Add ``sum_s weights[k, s] D_s^T X_s`` to every basis; part of it may stay behind if memory runs out.
 
         The products are formed per sequence and weighted afterwards, so that K bases cost the tokens only once and
         every row's gradient norm comes for free.
@@ -159,28 +208,28 @@ class Sketch:
         halves = 2 if paired else 1
         left_HRTL = left.unflatten(0, (halves, -1))
         right_HRTM = right.unflatten(0, (halves, -1))
-        weights_KHR = weights.float().unflatten(1, (halves, -1))
-        range_update = torch.zeros_like(self.range_sketch)
-        corange_update = torch.zeros_like(self.corange_sketch)
-        gramian_update = torch.zeros_like(self.row_gramian)
-
+        weights_KHR = weights.unflatten(1, (halves, -1))
         omega, psi = self.matrices.omega(self.shape), self.matrices.psi(self.shape)
+        range_sums, corange_sums = (sums.view(len(weights), -1) for sums in (self.range_sketch, self.corange_sketch))
         per_row = halves * (self.range_sketch[0].numel() + self.corange_sketch[0].numel())
         step = max(1, _TRANSIENT_ELEMENTS // per_row)
         for start in range(0, left_HRTL.shape[1], step):
             rows = slice(start, start + step)
-            left_HRTl, right_HRTm = left_HRTL[:, rows].float(), right_HRTM[:, rows].float()
             weights_KHr = weights_KHR[:, :, rows]
-            range_HRLQ = left_HRTl.transpose(-1, -2) @ (right_HRTm @ omega)
-            corange_HRPM = (left_HRTl @ psi.T).transpose(-1, -2) @ right_HRTm
-            range_update += torch.einsum("khr,hrlq->klq", weights_KHr, range_HRLQ)
-            corange_update += torch.einsum("khr,hrpm->kpm", weights_KHr, corange_HRPM)
-            products_RHH = torch.einsum("hrpm,grpm->rhg", corange_HRPM, corange_HRPM).double() / psi.shape[0]
-            gramian_update += weigh_row_products(weights_KHr.double(), products_RHH)
-
-        self.range_sketch += range_update
-        self.corange_sketch += corange_update
-        self.row_gramian += gramian_update
+            coranges = []
+            for half in range(halves):  # whose rows lie together, so that no copy is made
+                left_rTL, right_rTM = left_HRTL[half, rows].float(), right_HRTM[half, rows].float()
+                weights_Kr = weights_KHr[:, half].float()
+                range_sums.addmm_(weights_Kr, ((right_rTM @ omega).mT @ left_rTL).flatten(1))
+                corange_rN = (psi.of(left_rTL).mT @ right_rTM).flatten(1)
+                corange_sums.addmm_(weights_Kr, corange_rN)
+                coranges.append(corange_rN)
+            products_rHH = torch.stack(
+                [torch.stack([torch.linalg.vecdot(g, h) for h in coranges], 1) for g in coranges], 1
+            )
+            self.row_gramian += weigh_row_products(
+                weights_KHr.double(), products_rHH.double() / self.shape.corange_width
+            )
 
     def inner_products(self, other: "Sketch") -> Float[Tensor, "K K"]:
         """Return unbiased estimates of ``<G_j, G'_k>`` between the gradients of two sketches; float64."""
@@ -195,13 +244,13 @@ class Sketch:
         What it misses is estimated from what the least-squares fit of the co-range sketch leaves over.
         """
         c = coefficients.to(self.range_sketch)
-        range_LQ = torch.einsum("k,klq->lq", c, self.range_sketch)
+        range_LQ = torch.einsum("k,kql->lq", c, self.range_sketch)
         corange_PM = torch.einsum("k,kpm->pm", c, self.corange_sketch)
         psi = self.matrices.psi(self.shape)
 
         width = min(self.shape.width, 2 * rank)
         q_LQ = torch.linalg.svd(range_LQ, full_matrices=False).U[:, :width]
-        basis_PQ, triangle_QQ = torch.linalg.qr(psi @ q_LQ)
+        basis_PQ, triangle_QQ = torch.linalg.qr(psi.of(q_LQ.T).T)
         projected_QM = basis_PQ.T @ corange_PM
         fitted_QM = torch.linalg.solve_triangular(triangle_QQ, projected_QM, upper=True)
         left_over = (corange_PM - basis_PQ @ projected_QM).double().square().sum().item()
@@ -219,9 +268,9 @@ class Sketch:
     def layout(shape: Shape, bases: int) -> dict[str, tuple[str, list[int]]]:
         """Return type and size of every tensor that `tensors` returns, by name."""
         return {
-            "range": ("F32", [bases, shape.longer, shape.width]),
+            "rows": ("F64", [bases, bases]),  # first, where a file's eight-byte numbers are aligned
+            "range": ("F32", [bases, shape.width, shape.longer]),
             "corange": ("F32", [bases, shape.corange_width, shape.shorter]),
-            "rows": ("F64", [bases, bases]),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -301,7 +350,7 @@ class DenseGradient:
     @staticmethod
     def layout(shape: Shape, bases: int) -> dict[str, tuple[str, list[int]]]:
         """Return type and size of every tensor that `tensors` returns, by name."""
-        return {"gradients": ("F32", [bases, shape.out_features, shape.in_features]), "rows": ("F64", [bases, bases])}
+        return {"rows": ("F64", [bases, bases]), "gradients": ("F32", [bases, shape.out_features, shape.in_features])}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums, by name; what `from_tensors` takes."""

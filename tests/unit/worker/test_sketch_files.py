@@ -45,7 +45,7 @@ def test_the_file_is_ordinary_safetensors(tmp_path):
     tensors = load_file(tmp_path / "fold")
 
     assert {name.partition("/")[0] for name in tensors} == set(SHAPES)
-    assert tensors["a.wide/range"].shape == (2, 30, 4)
+    assert tensors["a.wide/range"].shape == (2, 4, 30)
     assert not any(tensor.any() for tensor in tensors.values())
 
 
@@ -63,3 +63,21 @@ def test_a_write_that_takes_only_a_part_is_continued(tmp_path, monkeypatch):
 
     for part, tensor in load(tmp_path / "fold", matrices).layers["a.wide"].tensors().items():
         assert torch.equal(tensor, expected.tensors()[part])
+
+
+def test_memory_that_runs_out_in_the_middle_of_an_update_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    matrices = TestMatrices(0, torch.device("cpu"))
+    batch = random_batch(12, 30, rows=4, tokens=5, seed=0)
+    with SketchFile(tmp_path / "fold", "sketch", SHAPES, bases=3, matrices=matrices) as file:
+        sums = file.accumulators()["a.wide"]
+        sums.add(*batch, paired=True)
+        before = (tmp_path / "fold").read_bytes()
+
+        def fail(*_arguments):
+            raise MemoryError
+
+        monkeypatch.setattr("worker.sketching.weigh_row_products", fail)
+        with pytest.raises(MemoryError):
+            sums.add(*batch, paired=True)
+
+        assert (tmp_path / "fold").read_bytes() == before

@@ -48,8 +48,8 @@ def test_a_sketch_is_the_product_of_the_gradients_with_its_test_matrices(sides, 
 
     gradients = dense(inputs, grads, weights)
     oriented = gradients.mT if shape.transposed else gradients
-    omega, psi = matrices.omega(shape).double(), matrices.psi(shape).double()
-    torch.testing.assert_close(sketch.range_sketch.double(), oriented @ omega, rtol=1e-4, atol=1e-4)
+    omega, psi = matrices.omega(shape).double(), matrices.psi(shape).dense().double()
+    torch.testing.assert_close(sketch.range_sketch.mT.double(), oriented @ omega, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sketch.corange_sketch.double(), psi @ oriented, rtol=1e-4, atol=1e-4)
 
 
@@ -211,20 +211,25 @@ def test_the_same_seed_gives_the_same_matrices_and_another_gives_others():
     assert not torch.allclose(first, other)
 
 
-def test_memory_that_runs_out_in_the_middle_of_an_update_leaves_the_sums_as_they_were(monkeypatch):
-    inputs, grads, weights = random_batch(16, 24, rows=7, tokens=4, seed=4)
-    sketch = Sketch.empty(Shape(16, 24, width=4), 3, TestMatrices(0, CPU))
-    sketch.add(inputs, grads, weights, paired=True)
-    before = {name: tensor.clone() for name, tensor in sketch.tensors().items()}
+@pytest.mark.parametrize("length", [40, 67, 200, 1536])
+def test_no_two_entries_are_confused_by_folding(length):
+    psi = TestMatrices(0, CPU).psi(Shape(length, length, width=8)).dense()
 
-    def fail(*_arguments):
-        raise MemoryError
+    cosines = torch.corrcoef(psi.T) - torch.eye(length)
 
-    monkeypatch.setattr("worker.sketching.weigh_row_products", fail)
-    with pytest.raises(MemoryError):
-        sketch.add(inputs, grads, weights, paired=True)
+    assert psi.shape == (16, length)
+    assert cosines.abs().max() < 0.999
 
-    assert all(torch.equal(tensor, before[name]) for name, tensor in sketch.tensors().items())
+
+def test_a_folded_matrix_keeps_squared_norms_on_average():
+    shape = Shape(300, 300, width=8)
+    spike, spread = torch.zeros(300), torch.randn(300, generator=torch.Generator().manual_seed(0))
+    spike[7] = spike[7 + 37] = spike[7 + 39] = 1.0  # one block folds the second, the other the third onto the first
+
+    for vector in (spike, spread):
+        norms = torch.stack([TestMatrices(seed, CPU).psi(shape).of(vector).square().sum() for seed in range(400)])
+        ratio = norms / 16 / vector.square().sum()
+        assert abs(ratio.mean().item() - 1) < 4 * (ratio.std() / 400**0.5).item()
 
 
 def test_cutting_keeps_the_largest_values_and_what_is_known_of_the_whole():
