@@ -13,6 +13,7 @@ from typing import Any
 import billiard
 from celery import Celery, signals
 from celery.worker.consumer import Consumer
+from celery.worker.request import Request
 from celery.worker.state import maybe_shutdown
 
 from d2lora.queue import celery_settings
@@ -40,6 +41,17 @@ class PatientConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         return conn.ensure_connection(
             complain, None, interval_start=1, interval_step=1, interval_max=5, callback=maybe_shutdown
         )
+
+
+class FrankRequest(Request):  # type: ignore[misc]  # Celery has no types
+    """Lets a failed acknowledgement break the connection, so that the consumer makes a fresh one.
+
+    Celery would log it and go on with a channel that counts the message as still being worked on: with a prefetch of
+    one, the worker would live and never take another.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "connection_errors": ()})
 
 
 def make_app(broker: BrokerSettings, settings: WorkerSettings) -> Celery:

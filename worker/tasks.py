@@ -46,7 +46,7 @@ def _close(**_: Any) -> None:
     _open.close()
 
 
-@shared_task(name=TASK)  # type: ignore[untyped-decorator]  # Celery has no types
+@shared_task(name=TASK, Request="worker.app:FrankRequest")  # type: ignore[untyped-decorator]  # Celery has no types
 def work(initialization_id: str, message_format: int, **_: Any) -> None:
     """Claim one unit of an initialization, if one is free, and work on it to its end."""
     if message_format > MESSAGE_FORMAT:
