@@ -397,6 +397,21 @@ def test_eva_gives_up_where_peft_would_go_on_for_ever(base_model, dataset, tmp_p
         run(base_model, dataset, tmp_path / "out", {"type": "eva", "tau": 1.0}, max_tokens_per_batch=40)
 
 
+@cases(METHODS, model="make")
+def test_a_base_in_bfloat16_gets_factors_in_float32_that_add_nothing(make, method):
+    base = as_base(make().to(torch.bfloat16))
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+
+    targets, adapter = built(base, method)
+
+    # PEFT rounds orthogonal factors to the base's type, so their product is zero to that precision only.
+    tolerance = 1e-3 if method == "orthogonal" else 1e-6
+    for name, layer in adapter.factors.items():
+        assert {layer.lora_A.dtype, layer.lora_B.dtype} == {torch.float32}
+        assert (layer.lora_B @ layer.lora_A).norm() < tolerance * targets[name].weight.float().norm()
+    assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
+
+
 @pytest.fixture(scope="module", params=[tiny_llama, tiny_gpt2], ids=name_of)
 def quantized(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
