@@ -4,6 +4,7 @@ They hang hooks, attributes and gradients on the model's layers. `_left_as_found
 a pass is stopped half way: the model is shared between jobs.
 """
 
+import copy
 import hashlib
 import math
 import warnings
@@ -110,10 +111,18 @@ def covariances(
     *,
     on_progress: OnProgress,
 ) -> Gathered:
-    """Return CorDA's decompositions, from the covariance of the layers' inputs; row by row, as PEFT's hook needs it."""
-    from peft.tuners.lora.corda import preprocess_corda  # noqa: PLC0415  # only this method needs it
+    """Return CorDA's decompositions, from the covariance of the layers' inputs; row by row, as PEFT's hook needs it.
 
-    count = PhaseCounter(Phase.STATISTICS, len(examples), on_progress)
+    These are the steps of PEFT's ``preprocess_corda``, but for one layer at a time after the pass: all layers' full
+    decompositions at once would take several times the model's memory, with no moment to stop in between.
+    """
+    from peft.tuners.lora.corda import (  # noqa: PLC0415  # only this method needs it
+        calib_cov_distribution,
+        collect_eigens_for_layer,
+        crop_corda_eigens,
+    )
+
+    count = PhaseCounter(Phase.STATISTICS, len(examples) + len(targets), on_progress)
 
     def run() -> None:
         for example in sorted(examples, key=lambda one: one.digest):
@@ -121,9 +130,20 @@ def covariances(
             base.hidden_states(ids, torch.ones_like(ids))
             count()
 
-    with _left_as_found(base, targets), peft_failures("corda"):
-        preprocess_corda(base.model, config, run)
-        return Gathered({}, {name: {"eigens": module.eigens} for name, module in targets.items()})
+    alone = copy.copy(config)
+    alone.target_modules = ["layer"]
+    attributes: dict[str, dict[str, Any]] = {}
+    with _left_as_found(base, targets), peft_failures("corda"), torch.no_grad():
+        calib_cov_distribution(base.model, config, run, base.model, None)
+        for name, module in targets.items():
+            own: Any = module
+            own.rank, own.corda_method = config.r, config.corda_config.corda_method
+            own.eigens = collect_eigens_for_layer(module, config)
+            crop_corda_eigens(nn.ModuleDict({"layer": module}), alone)
+            attributes[name] = {"eigens": own.eigens}
+            del own.covariance_matrix
+            count()
+    return Gathered({}, attributes)
 
 
 def gradients(
