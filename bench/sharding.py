@@ -21,6 +21,7 @@ import torch
 from bench.subjects import small_llama
 from d2lora.initializations import InitializationSpec, LoraSpec
 from d2lora.settings import WorkerSettings
+from d2lora.supervision import Supervision
 from worker.data import Example, TokenSequence
 from worker.evidence import Intake
 from worker.objectives import bases_of, resolve_objectives
@@ -42,7 +43,7 @@ def main() -> None:
     spec = InitializationSpec(base_model="random", dataset_id="any", lora=LoraSpec(r=arguments.r))
     limit = -(-count_tokens(examples) // arguments.shards)
     settings = WorkerSettings(device="cpu", max_tokens_per_batch=1024, shard_tokens=limit)
-    bases = bases_of(resolve_objectives(None, paired=True))
+    bases = bases_of(resolve_objectives(None, Supervision.PREFERENCE))
     common: dict[str, Any] = {"settings": settings, "on_progress": lambda *_: None}
 
     with tempfile.TemporaryDirectory() as name:
@@ -52,7 +53,7 @@ def main() -> None:
         whole = seconds(lambda: gather_statistics(base, targets, spec, batches, bases, directory=directory, **common))
         used = len(examples)
         nothing: dict[str, Any] = {"truncated": 0, "dropped": {}, "mean_tokens": {}, "warnings": []}
-        rows = Intake(sha256="", read=used, used=used, paired=True, **nothing)
+        rows = Intake(sha256="", read=used, used=used, supervision=Supervision.PREFERENCE, **nothing)
         cut = split(base, spec, examples, rows, directory=directory, seconds=dict, **common)
         shards, files = [], []
         for number, (_, path) in enumerate(cut.shards):

@@ -30,7 +30,9 @@ from d2lora.rows import (
     Row,
     RowSchema,
     TextRow,
+    UnpairedPreferenceRow,
     columns_known,
+    labels_complete,
     nested_too_deeply,
     normalize,
     parse_row,
@@ -117,12 +119,13 @@ def read_rows(file: DatasetFile, limits: DatasetLimits | None = None) -> Iterato
     """Yield the rows of a file, in order, without holding them; no limits means none.
 
     Raises:
-        DatasetInvalid: at the first row at fault, which is named with the field.
+        DatasetInvalid: at the first row at fault, which is named with the field; after the last row if all have the
+            same label.
     """
     limits = limits or _UNLIMITED
     columns_known(file.columns)
     schema: RowSchema | None = None
-    count = 0
+    count, labels = 0, set[bool]()
     with file.path.open("rb") as stream:
         for number, record in _records(stream, file, limits):
             count += 1
@@ -141,10 +144,13 @@ def read_rows(file: DatasetFile, limits: DatasetLimits | None = None) -> Iterato
                     raise
                 # The file's author knows the column by the file's name.
                 raise type(error)(fault.detail, row=number, field=spelled[fault.field]) from error
+            if isinstance(row, UnpairedPreferenceRow):
+                labels.add(row.label)
             yield row
             schema = schema or schema_of(normalized)
     if count == 0:
         raise DatasetEmpty("there is no row in the file")
+    labels_complete(labels, file.columns.get("label", "label"))
 
 
 def inspect(file: DatasetFile, limits: DatasetLimits | None = None) -> DatasetSummary:
@@ -161,7 +167,7 @@ def inspect(file: DatasetFile, limits: DatasetLimits | None = None) -> DatasetSu
     with file.path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return DatasetSummary(
-        row_schema=kind, rows=rows, size=file.path.stat().st_size, sha256=digest, objectives=kind.objectives
+        row_schema=kind, rows=rows, size=file.path.stat().st_size, sha256=digest, objectives=kind.supervision.objectives
     )
 
 
@@ -175,6 +181,8 @@ def _kind(row: Row) -> RowSchema:
             return RowSchema.MESSAGES
         case PreferenceRow():
             return RowSchema.PREFERENCE
+        case UnpairedPreferenceRow():
+            return RowSchema.UNPAIRED_PREFERENCE
         case _:
             assert_never(row)
 

@@ -90,10 +90,21 @@ class Orpo(Frozen):
     )
 
 
+class Kto(Frozen):
+    """KTO with the base model as its reference (arXiv:2402.01306, eq. 7), on rows with a label."""
+
+    type: Literal["kto"] = "kto"
+    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    desirable_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="of rows whose label is true")
+    undesirable_weight: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="of rows whose label is false"
+    )
+
+
 Quantization = Literal["4bit", "8bit"]
 """How the linear layers of a base model are stored: NF4, or LLM.int8; by bitsandbytes."""
 
-Objective = Annotated[Sft | Dpo | Orpo, Field(discriminator="type")]
+Objective = Annotated[Sft | Dpo | Orpo | Kto, Field(discriminator="type")]
 
 
 class Mgda(Frozen):

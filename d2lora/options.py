@@ -27,7 +27,7 @@ _OPTIONS: dict[str, Any] = {
     "objective": Annotated[
         list[str] | None,
         typer.Option(
-            help="sft, dpo, orpo, or dpo:loss_type=ipo,beta=0.2; repeatable (default: all that the rows allow)"
+            help="sft, dpo, orpo, kto, or dpo:loss_type=ipo,beta=0.2; repeatable (default: all that the rows allow)"
         ),
     ],
     "start": Annotated[str | None, typer.Option(help="calibrated or zero (default: calibrated)")],

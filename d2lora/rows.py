@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from d2lora.errors import ChosenEqualsRejected, CompletionEmpty, DatasetInvalid, SchemaMixed, SchemaUnknown
+from d2lora.supervision import Supervision
 
 Message = dict[str, Any]
 """``role`` and ``content``, and whatever else the model's chat template understands."""
@@ -26,11 +27,18 @@ class RowSchema(StrEnum):
     PROMPT_COMPLETION = "prompt_completion"
     MESSAGES = "messages"
     PREFERENCE = "preference"
+    UNPAIRED_PREFERENCE = "unpaired_preference"
 
     @property
-    def objectives(self) -> list[str]:
-        """Types of the objectives that rows of this kind allow."""
-        return ["sft", "dpo", "orpo"] if self is RowSchema.PREFERENCE else ["sft"]
+    def supervision(self) -> Supervision:
+        """What rows of this kind say of their completions."""
+        match self:
+            case RowSchema.PREFERENCE:
+                return Supervision.PREFERENCE
+            case RowSchema.UNPAIRED_PREFERENCE:
+                return Supervision.LABEL
+            case _:
+                return Supervision.COMPLETION
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +78,22 @@ class PreferenceRow:
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-Row = TextRow | PromptCompletionRow | MessagesRow | PreferenceRow
+@dataclass(frozen=True, slots=True)
+class UnpairedPreferenceRow:
+    """A prompt, a completion, and whether that is desirable."""
+
+    prompt: Text
+    completion: Text
+    label: bool
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+Row = TextRow | PromptCompletionRow | MessagesRow | PreferenceRow | UnpairedPreferenceRow
 
 _COLUMNS: dict[RowSchema, tuple[str, ...]] = {
     RowSchema.PREFERENCE: ("chosen", "rejected"),
+    RowSchema.UNPAIRED_PREFERENCE: ("prompt", "completion", "label"),
     RowSchema.PROMPT_COMPLETION: ("prompt", "completion"),
     RowSchema.MESSAGES: ("messages",),
     RowSchema.TEXT: ("text",),
@@ -154,7 +174,7 @@ def parse_row(record: Mapping[str, Any], schema: RowSchema | None, number: int) 
     if own is None:
         raise _no_schema(record, schema, number)
     if schema is not None and own is not schema:
-        raise SchemaMixed(f"this row is {own}, the rows before it are {schema}", row=number)
+        raise _mixed(own, schema, number)
     extras: dict[str, Any] = {
         "tools": _tools(record.get("tools"), number),
         "chat_template_kwargs": _template_arguments(record.get("chat_template_kwargs"), number),
@@ -170,13 +190,22 @@ def parse_row(record: Mapping[str, Any], schema: RowSchema | None, number: int) 
             if not any(message["role"] == "assistant" and _has_content(message) for message in messages):
                 raise CompletionEmpty("no assistant turn to learn from", row=number, field="messages")
             return MessagesRow(messages, **extras)
-        case RowSchema.PROMPT_COMPLETION:
+        case RowSchema.PROMPT_COMPLETION | RowSchema.UNPAIRED_PREFERENCE:
             prompt = _text(record["prompt"], "prompt", number)
             completion = _completion(record["completion"], "completion", number)
             _same_form(prompt, completion, "completion", number)
-            return PromptCompletionRow(prompt, completion, **extras)
+            if own is RowSchema.PROMPT_COMPLETION:
+                return PromptCompletionRow(prompt, completion, **extras)
+            return UnpairedPreferenceRow(prompt, completion, _label(record["label"], number), **extras)
         case RowSchema.PREFERENCE:
             return _preference(record, extras, number)
+
+
+def _mixed(own: RowSchema, schema: RowSchema, number: int) -> DatasetInvalid:
+    """Return what is wrong with a record of another kind than the rows before it."""
+    if schema is RowSchema.UNPAIRED_PREFERENCE and own is RowSchema.PROMPT_COMPLETION:
+        return DatasetInvalid("is missing, and the rows before have it", row=number, field="label")
+    return SchemaMixed(f"this row is {own}, the rows before it are {schema}", row=number)
 
 
 def _no_schema(record: Mapping[str, Any], schema: RowSchema | None, number: int) -> DatasetInvalid:
@@ -209,6 +238,22 @@ def _preference(record: Mapping[str, Any], extras: dict[str, Any], number: int) 
         # No chat template takes a conversation of no messages, which is what the shared prompt would be.
         raise DatasetInvalid("shares no prompt with chosen; give one", row=number, field="rejected")
     return PreferenceRow(prompt, chosen, rejected, **extras)
+
+
+def labels_complete(labels: Iterable[bool], field: str) -> None:
+    """Raise `DatasetInvalid`, naming the column, if there is one label and not the other."""
+    if len(distinct := set(labels)) == 1:
+        detail = f"is {str(*distinct).lower()} in every row, and rows of both labels are needed"
+        raise DatasetInvalid(f"{detail}; without the column all rows are learned from", field=field)
+
+
+def _label(value: Any, number: int) -> bool:
+    if isinstance(value, str) and value.strip().lower() in {"true", "false"}:  # a CSV cell
+        return value.strip().lower() == "true"
+    if not isinstance(value, bool):
+        detail = "must be true or false; rename the column if it does not say whether the completion is desirable"
+        raise DatasetInvalid(detail, row=number, field="label")
+    return value
 
 
 def _filled(record: Mapping[str, Any], name: str) -> bool:

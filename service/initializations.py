@@ -24,6 +24,7 @@ from d2lora.errors import (
 from d2lora.initializations import Adapter, AdapterFile, Frozen, Initialization, InitializationSpec, State
 from d2lora.models import parameters_of, queue_of
 from d2lora.store import Event, Store
+from d2lora.supervision import rows_needed
 from service.auth import Tenant
 from service.dependencies import SettingsDependency, StorageDependency, StoreDependency
 from service.models import check_base_model
@@ -216,5 +217,5 @@ def _check_datasets(spec: InitializationSpec, tenant: str, store: Store) -> None
 def _check_objectives(spec: InitializationSpec, dataset: Dataset, field: str) -> None:
     for index, objective in enumerate(spec.objectives or []):
         if objective.type not in dataset.objectives:
-            detail = f"objectives: {objective.type} needs chosen and rejected completions, which {field} does not have"
+            detail = f"objectives: {objective.type} needs {rows_needed(objective.type)}, which {field} does not have"
             raise ObjectiveUnavailable(detail, errors=[ProblemItem(detail=detail, pointer=f"#/objectives/{index}")])

@@ -91,7 +91,7 @@ def pointer(location: tuple[int | str, ...]) -> str:
     return "#/" + "/".join(steps) if place == "body" else "/".join([str(place), *steps])
 
 
-_OWN_TAGS = {"sft", "dpo", "orpo", "mgda", "upgrad", "imtl_g", "mean", "fixed", "str", "list[constrained-str]"}
+_OWN_TAGS = {"sft", "dpo", "orpo", "kto", "mgda", "upgrad", "imtl_g", "mean", "fixed", "str", "list[constrained-str]"}
 _UNION_TAGS = _OWN_TAGS | set(NAMES)
 
 

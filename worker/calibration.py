@@ -19,10 +19,10 @@ from d2lora.initializations import HeldOut, Objective, Phase, Sft
 from worker.combining import Mixture
 from worker.data import Batch
 from worker.factors import Direction, adapted, calibrated_step
+from worker.mismatches import score_for
 from worker.models import BaseModel
-from worker.objectives import Scores, needs_prompt, row_losses
+from worker.objectives import Scores, needs_mismatches, row_losses, rows_measured
 from worker.progress import PhaseCounter
-from worker.statistics import score
 from worker.units import OnProgress
 
 EVALUATIONS = 5
@@ -113,7 +113,7 @@ def alone(
                         direction,
                         eta,
                         [batch for batch, _ in fold],
-                        with_prompt=needs_prompt(objectives),
+                        objectives,
                         on_batch=count,
                     )
                     for direction, fold in zip(directions, folds, strict=True)
@@ -139,6 +139,8 @@ def calibrate(
     reference = Scores.concatenate([scores for fold in folds for _, scores in fold])
     scales = mixture.scales
     step_scores = evaluator(directions, folds)
+    if needs_mismatches(objectives):  # which the pass has not scored
+        reference = step_scores(0.0)
 
     def evaluate(eta: float) -> Trial:
         try:
@@ -158,8 +160,8 @@ def score_step(
     direction: Direction,
     eta: float,
     batches: Sequence[Batch],
+    objectives: Sequence[Objective],
     *,
-    with_prompt: bool,
     on_batch: Callable[[], None],
 ) -> Scores:
     """Return the scores of the batches' rows after a step of size eta along the direction.
@@ -170,7 +172,7 @@ def score_step(
     scores = []
     with adapted(targets, calibrated_step(direction, eta=eta, scaling=1.0), scaling=1.0):
         for batch in batches:
-            scores.append(score(base, batch, with_prompt=with_prompt))
+            scores.append(score_for(objectives, base, batch))
             on_batch()
     return Scores.concatenate(scores)
 
@@ -184,7 +186,7 @@ def held_out(objectives: Sequence[Objective], base: Scores, accepted: Trial | No
     for name, (objective, change) in measured.items():
         before = row_losses(objective, base, base).mean().item()
         after = before + (change.mean if change else 0.0)
-        result[name] = HeldOut(base=before, adapter=after, rows=len(base.chosen_logps))
+        result[name] = HeldOut(base=before, adapter=after, rows=rows_measured(objective, base))
     return result
 
 

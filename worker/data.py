@@ -25,7 +25,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from d2lora.errors import RequestInvalid, RowsTooLong
-from d2lora.rows import Message, MessagesRow, PreferenceRow, PromptCompletionRow, Row, Text, TextRow
+from d2lora.rows import (
+    Message,
+    MessagesRow,
+    PreferenceRow,
+    PromptCompletionRow,
+    Row,
+    Text,
+    TextRow,
+    UnpairedPreferenceRow,
+)
+from d2lora.supervision import Supervision
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +52,16 @@ class Example:
     """A row, ready for the model."""
 
     digest: str
-    """sha256 over the tokens and masks; equal rows have equal digests."""
+    """sha256 over the tokens and masks, and the label; equal rows have equal digests."""
     chosen: TokenSequence
     rejected: TokenSequence | None
+    desirable: bool | None = None
+    """The label, of rows that have one; their completion is then ``chosen``, whatever it says."""
+
+    @property
+    def supervision(self) -> Supervision:
+        """What the row says of its completions."""
+        return _supervision(paired=self.rejected is not None, labeled=self.desirable is not None)
 
     @property
     def length(self) -> int:
@@ -75,6 +92,13 @@ class Batch:
     rows: tuple[int, ...]
     """Indices into the examples."""
     fold: int
+    desirable: Bool[Tensor, " R"] | None = None
+    """The rows' labels, if they have some."""
+
+    @property
+    def supervision(self) -> Supervision:
+        """What the rows say of their completions."""
+        return _supervision(paired=self.paired, labeled=self.desirable is not None)
 
     def halves(self) -> tuple["Batch", "Batch"]:
         """Return the batch in two parts by rows; a pair stays together."""
@@ -90,6 +114,7 @@ class Batch:
             self.paired,
             self.rows,
             self.fold,
+            None if self.desirable is None else self.desirable.to(device),
         )
 
     def _part(self, rows: range) -> "Batch":
@@ -101,6 +126,7 @@ class Batch:
             self.paired,
             tuple(self.rows[row] for row in rows),
             self.fold,
+            None if self.desirable is None else self.desirable[list(rows)],
         )
 
 
@@ -109,7 +135,7 @@ def encode_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, max_
 
     Raises:
         RequestInvalid: conversations, but the model has no chat template or its template refuses them.
-        RowsTooLong: no row is left.
+        RowsTooLong: no row is left, or none of a label.
         DatasetInvalid: from the iterator itself.
     """
     examples, truncated, read = [], 0, 0
@@ -124,24 +150,38 @@ def encode_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, max_
             continue
         truncated += any(len(sequence.input_ids) > max_length for sequence in sequences)
         rejected = cut[1] if len(cut) == 2 else None
-        examples.append(Example(_digest(cut), cut[0], rejected))
-    if not examples:
+        desirable = row.label if isinstance(row, UnpairedPreferenceRow) else None
+        examples.append(Example(_digest(cut, desirable), cut[0], rejected, desirable))
+    missing = [label for label in (True, False) if {one.desirable for one in examples} == {not label}]
+    if not examples or missing:
+        what = f"row with label {str(missing[0]).lower()}" if missing else "row"
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise RowsTooLong(f"no row of {read} is left at max_length {max_length} ({reasons}); raise max_length")
+        raise RowsTooLong(f"no {what} of {read} is left at max_length {max_length} ({reasons}); raise max_length")
     return Encoded(examples, read, truncated, dict(dropped))
 
 
+def distinct_rows(examples: Iterable[Example]) -> int:
+    """Return how many rows are distinct, or of labeled rows those of the rarer label."""
+    return min(map(len, _by_label(examples).values()))
+
+
 def assign_folds(examples: Sequence[Example], *, folds: int, seed: int) -> list[int]:
-    """Return every example's fold: the rank of hash(seed, content) modulo the number of folds.
+    """Return every example's fold: the rank of hash(seed, content) modulo the number of folds, label by label.
 
     Equal rows share a fold, so that no row is held out from its own copy, and the order of rows changes nothing.
     """
-    distinct = sorted(
-        {example.digest for example in examples},
-        key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest(),
-    )
-    fold_of = {digest: rank % folds for rank, digest in enumerate(distinct)}
+    fold_of: dict[str, int] = {}
+    for digests in _by_label(examples).values():
+        ranked = sorted(digests, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
+        fold_of |= {digest: rank % folds for rank, digest in enumerate(ranked)}
     return [fold_of[example.digest] for example in examples]
+
+
+def _by_label(examples: Iterable[Example]) -> dict[bool | None, set[str]]:
+    digests: dict[bool | None, set[str]] = {}
+    for example in examples:
+        digests.setdefault(example.desirable, set()).add(example.digest)
+    return digests
 
 
 def make_batches(
@@ -173,7 +213,10 @@ def _sequences(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> lis
         case TextRow(text=text):
             ids = _tokenize(tokenizer, _with_end(text, tokenizer))
             return [_masked(ids, 1)]
-        case PromptCompletionRow(prompt=prompt, completion=completion):
+        case (
+            PromptCompletionRow(prompt=prompt, completion=completion)
+            | UnpairedPreferenceRow(prompt=prompt, completion=completion)
+        ):
             return _after_prompt(prompt, [completion], tokenizer, _template(row), number)
         case PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected):
             if prompt is None:
@@ -185,7 +228,7 @@ def _sequences(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> lis
             assert_never(row)
 
 
-def _template(row: PromptCompletionRow | PreferenceRow | MessagesRow) -> dict[str, Any]:
+def _template(row: PromptCompletionRow | PreferenceRow | MessagesRow | UnpairedPreferenceRow) -> dict[str, Any]:
     return {"tools": row.tools, **(row.chat_template_kwargs or {})}
 
 
@@ -327,9 +370,15 @@ def _why_drop(sequences: list[TokenSequence], cut: list[TokenSequence]) -> str |
     return None
 
 
-def _digest(sequences: list[TokenSequence]) -> str:
-    content = [(sequence.input_ids, sequence.completion_mask) for sequence in sequences]
-    return hashlib.sha256(repr(content).encode()).hexdigest()
+def _digest(sequences: list[TokenSequence], desirable: bool | None) -> str:  # noqa: FBT001  # a row's label
+    content: list[Any] = [(sequence.input_ids, sequence.completion_mask) for sequence in sequences]
+    return hashlib.sha256(repr([*content, *([] if desirable is None else [desirable])]).encode()).hexdigest()
+
+
+def _supervision(*, paired: bool, labeled: bool) -> Supervision:
+    if paired:
+        return Supervision.PREFERENCE
+    return Supervision.LABEL if labeled else Supervision.COMPLETION
 
 
 def _common_prefix(left: Sequence[Any], right: Sequence[Any]) -> int:
@@ -354,4 +403,6 @@ def _batch(examples: Sequence[Example], rows: Sequence[int], fold: int, pad_toke
         input_ids[index, :length] = torch.tensor(sequence.input_ids)
         attention_mask[index, :length] = 1
         completion_mask[index, :length] = torch.tensor(sequence.completion_mask)
-    return Batch(input_ids, attention_mask, completion_mask, bool(rejected), tuple(rows), fold)
+    labels = [label for row in rows if (label := examples[row].desirable) is not None]
+    desirable = torch.tensor(labels) if labels else None
+    return Batch(input_ids, attention_mask, completion_mask, bool(rejected), tuple(rows), fold, desirable)

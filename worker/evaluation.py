@@ -8,10 +8,10 @@ from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase
 from d2lora.settings import WorkerSettings
 from worker.data import Example, make_batches
 from worker.factors import Factors, adapted
+from worker.mismatches import score_for
 from worker.models import BaseModel
-from worker.objectives import Scores, needs_prompt, row_losses
+from worker.objectives import Scores, row_losses, rows_measured
 from worker.pipeline import pad_token
-from worker.statistics import score
 from worker.units import OnProgress
 
 
@@ -33,15 +33,14 @@ def evaluate(
         max_tokens=spec.max_tokens_per_batch or settings.tokens_per_batch(base.device.type),
         pad_token_id=pad_token(base),
     )
-    paired = examples[0].rejected is not None
-    objectives = [one for one in objectives if paired or one.type == "sft"]
-    with_prompt = needs_prompt(objectives)
+    allowed = examples[0].supervision.objectives
+    objectives = [one for one in objectives if one.type in allowed]
     on_progress(Phase.EVALUATION, 0, 2 * len(batches))
     before, after = [], []
     for done, batch in enumerate(batches, start=1):
-        before.append(score(base, batch, with_prompt=with_prompt))
+        before.append(score_for(objectives, base, batch))
         with adapted(targets, factors, scaling=spec.lora.scaling):
-            after.append(score(base, batch, with_prompt=with_prompt))
+            after.append(score_for(objectives, base, batch))
         on_progress(Phase.EVALUATION, 2 * done, 2 * len(batches))
     reference, adapter = Scores.concatenate(before), Scores.concatenate(after)
     measured: dict[str, Objective] = {"nll": Sft()} | {one.type: one for one in objectives}
@@ -49,7 +48,7 @@ def evaluate(
         name: HeldOut(
             base=row_losses(objective, reference, reference).mean().item(),
             adapter=row_losses(objective, adapter, reference).mean().item(),
-            rows=len(examples),
+            rows=rows_measured(objective, reference),
         )
         for name, objective in measured.items()
     }

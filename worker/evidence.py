@@ -13,6 +13,7 @@ from statistics import fmean
 from torch import nn
 
 from d2lora.initializations import Frozen, HeldOut, InitializationSpec, ResultSummary
+from d2lora.supervision import Supervision
 from worker.data import Encoded, Example
 from worker.models import BaseModel, weight_norm
 from worker.pipeline import BuiltAdapter
@@ -39,8 +40,7 @@ class Intake(Frozen):
     truncated: int
     dropped: dict[str, int]
     """Reason -> number of rows."""
-    paired: bool
-    """Whether every row has a rejected completion."""
+    supervision: Supervision
     mean_tokens: dict[str, float]
     warnings: list[str]
 
@@ -53,7 +53,7 @@ def intake(encoded: Encoded, *, sha256: str, warnings: list[str]) -> Intake:
         used=len(encoded.examples),
         truncated=encoded.truncated,
         dropped=encoded.dropped,
-        paired=encoded.examples[0].rejected is not None,
+        supervision=encoded.examples[0].supervision,
         mean_tokens=_mean_tokens(encoded.examples),
         warnings=warnings,
     )
@@ -122,7 +122,9 @@ def make_report(
 
 
 def _why_these(rows: Intake) -> str:
-    return "all that the rows allow" if rows.paired else "rows without rejected completions allow no other"
+    if rows.supervision is Supervision.COMPLETION:
+        return "rows without rejected completions or labels allow no other"
+    return "all that the rows allow"
 
 
 def _calibration_report(built: BuiltAdapter) -> CalibrationReport | None:
@@ -130,7 +132,7 @@ def _calibration_report(built: BuiltAdapter) -> CalibrationReport | None:
         return None
     return CalibrationReport(
         folds=built.folds,
-        rows=built.held_out["nll"].rows,
+        rows=max(measured.rows for measured in built.held_out.values()),
         trials=[
             TrialReport(
                 eta=trial.eta,
@@ -151,7 +153,12 @@ def _finite(value: float) -> float | None:
 
 
 def _mean_tokens(examples: Sequence[Example]) -> dict[str, float]:
-    means = {"chosen": fmean(sum(example.chosen.completion_mask) for example in examples)}
+    names = {None: "chosen", True: "desirable", False: "undesirable"}
+    means = {
+        names[label]: fmean(sum(one.chosen.completion_mask) for one in examples if one.desirable is label)
+        for label in names
+        if any(one.desirable is label for one in examples)
+    }
     if examples[0].rejected is not None:
         means["rejected"] = fmean(sum(one.rejected.completion_mask) for one in examples if one.rejected is not None)
     return {name: round(value, 2) for name, value in means.items()}

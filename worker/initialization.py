@@ -125,7 +125,7 @@ def initialize(
     max_length, warnings = _context(base, spec)
     encoded = encode_rows(read_rows(dataset), base.tokenizer, max_length=max_length)
     # All that can be refused is refused before the pass.
-    resolve_objectives(spec.objectives, paired=encoded.examples[0].rejected is not None)
+    resolve_objectives(spec.objectives, encoded.examples[0].supervision)
     evaluation = _read_evaluation(base, spec, eval_dataset)
     rows = intake(encoded, sha256=sha256(dataset.path), warnings=warnings)
     clock(Phase.READING, 1, 1)
@@ -229,10 +229,12 @@ def finish(
     evaluation = _read_evaluation(base, spec, eval_dataset)
     clock(Phase.READING, 1, 1)
 
-    objectives = resolve_objectives(spec.objectives, paired=planned.rows.paired)
+    objectives = resolve_objectives(spec.objectives, planned.rows.supervision)
     with _statistics_directory(out) as directory:
         one_pass = merge(base, targets, spec, planned, shards, directory=directory, on_progress=clock)
-        evaluator = shared(share, planned.base, directory=directory, pad_token_id=pad_token(base), on_progress=clock)
+        evaluator = shared(
+            share, planned.base, objectives, directory=directory, pad_token_id=pad_token(base), on_progress=clock
+        )
         built = adapter_from(one_pass, objectives, spec, evaluator=evaluator, on_progress=clock)
     shards_used = len(planned.shards)
     return _deliver(
@@ -276,7 +278,7 @@ def _read_evaluation(base: BaseModel, spec: InitializationSpec, dataset: Dataset
     if dataset is None:
         return None
     encoded = encode_rows(read_rows(dataset), base.tokenizer, max_length=_context(base, spec)[0])
-    resolve_objectives(spec.objectives, paired=encoded.examples[0].rejected is not None)
+    resolve_objectives(spec.objectives, encoded.examples[0].supervision)
     return _Evaluation(encoded.examples, sha256(dataset.path))
 
 
@@ -335,7 +337,7 @@ def _initialize_by_peft(
         base, targets, subject.config, spec, encoded.examples, settings=settings, on_progress=clock
     )
     # Every objective that the rows allow, so that the figures stand beside those of our own method.
-    objectives = resolve_objectives(None, paired=rows.paired)
+    objectives = resolve_objectives(None, rows.supervision)
     measured = _measure(subject, spec, adapter.factors, objectives, evaluation, settings=settings, clock=clock)
     clock(Phase.PUBLISHING, 0, 1)
     report = make_peft_report(

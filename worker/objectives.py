@@ -1,4 +1,4 @@
-"""SFT, DPO and ORPO as weightings of the same per-sequence gradients.
+"""SFT, DPO, ORPO and KTO as weightings of the same per-sequence gradients.
 
 Every objective sees the model only through the summed log-probabilities of its sequences, so its gradient is a
 weighted sum of their gradients (docs/method.md, eq. 1). What accumulates over a pass are un-normalized
@@ -19,24 +19,27 @@ from enum import StrEnum
 from typing import assert_never
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from d2lora.errors import ObjectiveUnavailable
-from d2lora.initializations import Dpo, Objective, Orpo, Sft
-from worker.preference_losses import dpo_losses, is_per_token, slopes_at_start
+from d2lora.initializations import Dpo, Kto, Objective, Orpo, Sft
+from d2lora.supervision import Supervision, rows_needed
+from worker.preference_losses import dpo_losses, is_per_token, kto_losses, kto_slopes_at_start, slopes_at_start
 
 
 class Basis(StrEnum):
     """The sums of per-sequence gradients that a pass accumulates."""
 
     LIKELIHOOD = "likelihood"
-    """Sum of grad L over chosen completions."""
+    """Sum of grad L over chosen completions, of labeled rows over the desirable ones."""
     MARGIN = "margin"
     """Sum of grad (L_chosen - L_rejected)."""
     MEAN_MARGIN = "mean_margin"
     """Sum of grad (L_chosen / T_chosen - L_rejected / T_rejected)."""
+    UNDESIRABLE = "undesirable"
+    """Sum of grad L over the completions of rows whose label is false."""
     ODDS = "odds"
     """Sum of the gradients of log sigmoid(log-odds ratio), ORPO's second term."""
     SEQUENCE = "sequence"
@@ -54,6 +57,10 @@ class Scores:
     prompt_logps: Float[Tensor, " R"] | None = None
     """Of the chosen sequence's prompt; only filled for ``nll="full_sequence"``."""
     prompt_tokens: Int[Tensor, " R"] | None = None
+    desirable: Bool[Tensor, " R"] | None = None
+    """The rows' labels, if they have some."""
+    mismatched_logps: Float[Tensor, " R"] | None = None
+    """Of another row's completion after this row's prompt (`worker/mismatches.py`); only filled for KTO."""
 
     @staticmethod
     def concatenate(parts: Sequence["Scores"]) -> "Scores":
@@ -82,6 +89,7 @@ class Counts:
 
     rows: int = 0
     chosen_tokens: int = 0
+    """Of labeled rows, those of the desirable ones."""
     sequence_tokens: int = 0
     """Predicted tokens of the chosen prompt and completion together."""
 
@@ -95,23 +103,24 @@ class Counts:
 
 def count(scores: Scores) -> Counts:
     """Return the normalizers of the given rows."""
-    tokens = int(scores.chosen_tokens.sum())
+    tokens = int((scores.chosen_tokens * _imitated(scores)).sum())
     prompt = 0 if scores.prompt_tokens is None else int(scores.prompt_tokens.sum())
     return Counts(len(scores.chosen_tokens), tokens, tokens + prompt)
 
 
-def resolve_objectives(requested: Sequence[Objective] | None, *, paired: bool) -> list[Objective]:
+def resolve_objectives(requested: Sequence[Objective] | None, supervision: Supervision) -> list[Objective]:
     """Return the requested objectives, or all that the rows allow.
 
     Raises:
-        ObjectiveUnavailable: DPO or ORPO is asked of rows without a rejected completion.
+        ObjectiveUnavailable: DPO or ORPO is asked of rows without a rejected completion, or KTO of rows without labels.
     """
     if requested is None:
-        return [Sft(), Dpo(), Orpo()] if paired else [Sft()]
+        every: tuple[Objective, ...] = (Sft(), Dpo(), Orpo(), Kto())
+        return [objective for objective in every if objective.type in supervision.objectives]
     for objective in requested:
-        if objective.type != "sft" and not paired:
+        if objective.type not in supervision.objectives:
             raise ObjectiveUnavailable(
-                f"objectives: {objective.type} needs rows with chosen and rejected completions, and these have none"
+                f"objectives: {objective.type} needs {rows_needed(objective.type)}, and these have none"
             )
     return list(requested)
 
@@ -129,6 +138,8 @@ def bases_of(objectives: Sequence[Objective]) -> tuple[Basis, ...]:
                 needed += [Basis.LIKELIHOOD] if slopes.chosen != -slopes.rejected else []
             case Orpo():
                 needed += [Basis.SEQUENCE if objective.nll == "full_sequence" else Basis.LIKELIHOOD, Basis.ODDS]
+            case Kto():
+                needed += [Basis.LIKELIHOOD, Basis.UNDESIRABLE]
             case _:
                 assert_never(objective)
     return tuple(dict.fromkeys(needed))
@@ -137,6 +148,11 @@ def bases_of(objectives: Sequence[Objective]) -> tuple[Basis, ...]:
 def needs_prompt(objectives: Sequence[Objective]) -> bool:
     """Return whether a loss looks at the prompt's own log-probabilities."""
     return any(isinstance(objective, Orpo) and objective.nll == "full_sequence" for objective in objectives)
+
+
+def needs_mismatches(objectives: Sequence[Objective]) -> bool:
+    """Return whether a loss looks at completions after other rows' prompts."""
+    return any(isinstance(objective, Kto) for objective in objectives)
 
 
 def sequence_weights(bases: Sequence[Basis], scores: Scores) -> Float[Tensor, "K S"]:
@@ -150,7 +166,9 @@ def sequence_weights(bases: Sequence[Basis], scores: Scores) -> Float[Tensor, "K
     for basis in bases:
         match basis:
             case Basis.LIKELIHOOD | Basis.SEQUENCE:
-                chosen, rejected = one, zero
+                chosen, rejected = one * _imitated(scores), zero
+            case Basis.UNDESIRABLE:
+                chosen, rejected = one * ~_imitated(scores), zero
             case Basis.MARGIN:
                 chosen, rejected = one, -one
             case Basis.MEAN_MARGIN:
@@ -188,6 +206,10 @@ def objective_coefficients(
                 else:
                     row[bases.index(Basis.LIKELIHOOD)] = -1.0 / counts.chosen_tokens
                 row[bases.index(Basis.ODDS)] = -objective.beta / counts.rows
+            case Kto():
+                desirable, undesirable = kto_slopes_at_start(objective)
+                row[bases.index(Basis.LIKELIHOOD)] = desirable / counts.rows
+                row[bases.index(Basis.UNDESIRABLE)] = undesirable / counts.rows
             case _:
                 assert_never(objective)
     return matrix
@@ -197,11 +219,12 @@ def row_losses(objective: Objective, scores: Scores, reference: Scores) -> Float
     """Return one number per row whose mean is the objective's loss over these rows.
 
     Token means are ratios of sums, so a row's share is scaled by rows / tokens. ``reference`` is the base model's
-    scores of the same rows; only DPO looks at it.
+    scores of the same rows; only DPO and KTO look at it.
     """
     match objective:
         case Sft():
-            return _mean_nll(scores.chosen_logps, scores.chosen_tokens)
+            imitated = _imitated(scores)
+            return _mean_nll(scores.chosen_logps * imitated, scores.chosen_tokens * imitated)
         case Dpo():
             return dpo_losses(objective, *_log_ratios(scores, reference, per_token=is_per_token(objective)))
         case Orpo():
@@ -212,8 +235,17 @@ def row_losses(objective: Objective, scores: Scores, reference: Scores) -> Float
             assert scores.prompt_tokens is not None
             tokens = scores.chosen_tokens + scores.prompt_tokens
             return _mean_nll(scores.chosen_logps + scores.prompt_logps, tokens) + odds
+        case Kto():
+            assert scores.desirable is not None
+            log_ratios = scores.chosen_logps - reference.chosen_logps
+            return kto_losses(objective, log_ratios, scores.desirable, _shift_of_mismatches(scores, reference))
         case _:
             assert_never(objective)
+
+
+def rows_measured(objective: Objective, scores: Scores) -> int:
+    """Return how many of the rows the objective's loss is of."""
+    return int(_imitated(scores).sum()) if isinstance(objective, Sft) else len(scores.chosen_logps)
 
 
 def log_odds_ratio(scores: Scores) -> Float[Tensor, " R"]:
@@ -260,5 +292,21 @@ def _log_ratios(
     return (chosen / scores.chosen_tokens, rejected / scores.rejected_tokens) if per_token else (chosen, rejected)
 
 
+def _imitated(scores: Scores) -> Bool[Tensor, " R"]:
+    """Which rows' completions are to be imitated: all, or those whose label is true."""
+    return torch.ones_like(scores.chosen_tokens, dtype=torch.bool) if scores.desirable is None else scores.desirable
+
+
+def _shift_of_mismatches(scores: Scores, reference: Scores) -> float:
+    """Return KTO's reference point: the mean log-ratio of mismatched completions, or 0 if that is negative.
+
+    It is 0 at the start, where nothing needs to be scored.
+    """
+    if scores.mismatched_logps is None or reference.mismatched_logps is None:
+        return 0.0
+    return max(0.0, (scores.mismatched_logps - reference.mismatched_logps).mean().item())
+
+
 def _mean_nll(logps: Float[Tensor, " R"], tokens: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
-    return -logps * (len(tokens) / tokens.sum().double())  # an integer tensor would divide in float32
+    # Among few rows none may be desirable. An integer tensor would divide in float32.
+    return -logps * (len(tokens) / tokens.sum().clamp(min=1).double())

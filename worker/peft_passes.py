@@ -42,9 +42,13 @@ class Gathered:
 
 
 def sample(examples: Sequence[Example], *, count: int, seed: int) -> list[Example]:
-    """Return the chosen sides of so many examples, drawn by seed and content: their order changes nothing."""
-    ranked = sorted(examples, key=lambda example: hashlib.sha256(f"{seed}:{example.digest}".encode()).digest())
-    return [replace(example, rejected=None) for example in ranked[:count]]
+    """Return the chosen sides of so many examples, drawn by seed and content: their order changes nothing.
+
+    Undesirable ones are not among them, since the methods imitate what they see.
+    """
+    imitated = [example for example in examples if example.desirable is not False]
+    ranked = sorted(imitated, key=lambda example: hashlib.sha256(f"{seed}:{example.digest}".encode()).digest())
+    return [replace(example, rejected=None, desirable=None) for example in ranked[:count]]
 
 
 def input_directions(

@@ -20,7 +20,7 @@ from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase
 from d2lora.settings import WorkerSettings
 from worker.calibration import Calibration, Evaluator, Held, alone, calibrate, calibration_batches, held_out
 from worker.combining import Mixture, combine, objective_gramian
-from worker.data import Batch, Example, assign_folds, make_batches
+from worker.data import Batch, Example, assign_folds, distinct_rows, make_batches
 from worker.factors import Direction, Factors, Products, calibrated_step, factorize, inner_products
 from worker.models import BaseModel, layer_sizes
 from worker.objectives import (
@@ -105,7 +105,7 @@ def build_adapter(
         NumericalFailure: a number is not finite, or the objectives cancel.
         OutOfMemory: a single row does not fit.
     """
-    objectives = resolve_objectives(spec.objectives, paired=examples[0].rejected is not None)
+    objectives = resolve_objectives(spec.objectives, examples[0].supervision)
     bases = bases_of(objectives)
     batches = deal_batches(base, spec, examples, settings=settings)
     gathered = gather_statistics(
@@ -129,7 +129,7 @@ def deal_batches(
     base: BaseModel, spec: InitializationSpec, examples: Sequence[Example], *, settings: WorkerSettings
 ) -> list[Batch]:
     """Return the batches of all rows, fold after fold; every fold has some."""
-    folds = min(FOLDS, len({example.digest for example in examples}))
+    folds = min(FOLDS, distinct_rows(examples))
     return make_batches(
         examples,
         assign_folds(examples, folds=folds, seed=spec.seed),
@@ -287,5 +287,5 @@ def _reason(spec: InitializationSpec, calibration: Calibration | None) -> str:
     if spec.start == "zero":
         return "the request asks for lora_B = 0"
     if calibration is None:
-        return "a single distinct row leaves nothing to hold out, so no step can be supported"
+        return "a single distinct row (of one label) leaves nothing to hold out, so no step can be supported"
     return calibration.reason

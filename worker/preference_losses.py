@@ -1,8 +1,9 @@
-"""DPO's losses as functions of the log-ratios c and r of chosen and rejected completion, and their slopes at 0.
+"""DPO's losses as functions of the log-ratios c and r of chosen and rejected completion, and their slopes at 0; KTO's.
 
 A log-ratio is log(policy / reference) of a completion, summed over its tokens or, for some losses, their mean. At the
 start the policy is the reference, so c = r = 0 for every row, and a loss enters the gradient by two numbers alone.
-Every loss is that of `DPOTrainer._compute_loss` in TRL 1.16 under its ``loss_type`` (docs/method.md, section 1).
+Every loss is that of `DPOTrainer._compute_loss` in TRL 1.16 under its ``loss_type`` (docs/method.md, section 1), and
+KTO's that of `KTOTrainer._compute_loss`.
 """
 
 import math
@@ -10,11 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from d2lora.initializations import Dpo, DpoLoss
+from d2lora.initializations import Dpo, DpoLoss, Kto
 
 
 @dataclass(frozen=True)
@@ -93,3 +94,20 @@ def slopes_at_start(objective: Dpo) -> Slopes:
 def dpo_losses(objective: Dpo, c: Float[Tensor, " R"], r: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
     """Return the rows' losses from their log-ratios, which are means over tokens where `is_per_token` says so."""
     return _LOSSES[objective.loss_type].rows(objective.beta, objective.label_smoothing or 0.0, c, r)
+
+
+def kto_losses(
+    objective: Kto, log_ratios: Float[Tensor, " R"], desirable: Bool[Tensor, " R"], shift: float
+) -> Float[Tensor, " R"]:
+    """Return the rows' losses; ``shift`` is the reference point, by which all completions' log-ratios have moved."""
+    gain = objective.beta * (log_ratios - shift)
+    return torch.where(
+        desirable,
+        objective.desirable_weight * torch.sigmoid(-gain),
+        objective.undesirable_weight * torch.sigmoid(gain),
+    )
+
+
+def kto_slopes_at_start(objective: Kto) -> tuple[float, float]:
+    """Return how the loss of a desirable and of an undesirable row begins to change with its log-ratio."""
+    return -objective.desirable_weight * objective.beta / 4, objective.undesirable_weight * objective.beta / 4

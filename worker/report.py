@@ -106,7 +106,8 @@ class Report(Frozen):
     rows: dict[str, int]
     """Read, used, truncated, and dropped by reason."""
     mean_tokens: dict[str, float]
-    """Completion tokens of chosen and rejected; DPO's summed log-probabilities favor the longer."""
+    """Completion tokens of chosen and rejected, or of desirable and undesirable; summed log-probabilities favor the
+    longer."""
     shards: int
     """Pieces in which the statistics were gathered; 1 when one worker did it all."""
     objectives: list[ObjectiveReport]

@@ -9,6 +9,7 @@ Shape legend
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,9 @@ def write_batches(path: Path, batches: Sequence[Batch], base: BasePin, *, pad_to
         "folds_B": torch.tensor([batch.fold for batch in batches]),
         "sizes_B": torch.tensor([len(batch.rows) for batch in batches]),
     }
+    labels = [batch.desirable for batch in batches if batch.desirable is not None]
+    if labels:
+        tensors["desirable_R"] = torch.cat(labels)
     write(path, "batches", about, tensors)
 
 
@@ -125,10 +129,14 @@ def read_batches(path: Path) -> tuple[BasePin, list[Batch]]:
         sequences = iter(
             zip(tensors["tokens_N"].long().split(lengths), tensors["learned_N"].split(lengths), strict=True)
         )
+        labels = tensors["desirable_R"].split(sizes) if "desirable_R" in tensors else [None] * len(sizes)
         batches = []
-        for rows, fold in zip(tensors["rows_R"].split(sizes), tensors["folds_B"].tolist(), strict=True):
+        for rows, fold, own_labels in zip(
+            tensors["rows_R"].split(sizes), tensors["folds_B"].tolist(), labels, strict=True
+        ):
             own = [next(sequences) for _ in range(len(rows) * (2 if paired else 1))]
-            batches.append(_padded(own, pad_token_id, paired=paired, rows=tuple(rows.tolist()), fold=fold))
+            padded = _padded(own, pad_token_id, paired=paired, rows=tuple(rows.tolist()), fold=fold)
+            batches.append(replace(padded, desirable=own_labels))
     except (KeyError, ValueError, RuntimeError, StopIteration, ValidationError) as error:
         raise damaged(path) from error
     if not batches or next(sequences, None) is not None:

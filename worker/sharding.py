@@ -154,7 +154,7 @@ def gather_shard(
     on_progress: OnProgress,
 ) -> list[Path]:
     """Return the files of a shard's statistics: sums of each fold that it touches, and its rows' scores."""
-    objectives = resolve_objectives(spec.objectives, paired=batches[0].paired)
+    objectives = resolve_objectives(spec.objectives, batches[0].supervision)
     gathered = gather_statistics(
         base,
         targets,
@@ -190,7 +190,7 @@ def merge(
         FormatMismatch: another version of the worker wrote a file.
         ChecksumMismatch: a file is damaged, missing or not of this shard.
     """
-    bases = bases_of(resolve_objectives(spec.objectives, paired=plan.rows.paired))
+    bases = bases_of(resolve_objectives(spec.objectives, plan.rows.supervision))
     matrices = TestMatrices(spec.seed, base.device)
     shapes = sketch_shapes(targets, rank=spec.lora.r)
     folds = range(1 + max(fold for shard in plan.shards for fold in shard.folds))

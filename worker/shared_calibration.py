@@ -5,6 +5,7 @@ line search then becomes tasks of a few batches each, which any worker scores.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch
 from torch import nn
 
 from d2lora.errors import ChecksumMismatch, NumericalFailure
-from d2lora.initializations import InitializationSpec, Phase
+from d2lora.initializations import InitializationSpec, Objective, Phase
 from d2lora.shards import EvaluationTask
 from worker.calibration import Evaluator, Held, StepScores, batch_counter, score_step
 from worker.data import Batch
 from worker.factors import Direction
 from worker.models import BaseModel
-from worker.objectives import Scores, needs_prompt, resolve_objectives
+from worker.objectives import Scores, needs_mismatches, resolve_objectives
 from worker.progress import PhaseCounter
 from worker.shard_files import FORMAT, BasePin, check_format, read_direction, write_batches, write_direction
 from worker.sharding import cut
@@ -28,7 +29,15 @@ PIECES = 8
 """Tasks of one step size: enough for several workers, few enough that claiming them costs little."""
 
 
-def shared(share: Share, base: BasePin, *, directory: Path, pad_token_id: int, on_progress: OnProgress) -> Evaluator:
+def shared(
+    share: Share,
+    base: BasePin,
+    objectives: Sequence[Objective],
+    *,
+    directory: Path,
+    pad_token_id: int,
+    on_progress: OnProgress,
+) -> Evaluator:
     """Return the evaluator that lets any worker take part; its files lie in ``directory``."""
 
     def evaluator(directions: Sequence[Direction], folds: Held) -> StepScores:
@@ -44,7 +53,7 @@ def shared(share: Share, base: BasePin, *, directory: Path, pad_token_id: int, o
             write_batches(files[names[1]], batches, base, pad_token_id=pad_token_id)
             runs = cut([int(batch.attention_mask.sum()) for batch in batches], -(-PIECES // len(folds)))
             pieces += [EvaluationTask(eta=0.0, fold=fold, files=names, batches=list(run)) for run in runs]
-            references += [Scores.concatenate([held[index][1] for index in run]) for run in runs]
+            references += [_expected(objectives, [held[index][1] for index in run]) for run in runs]
 
         def step_scores(eta: float) -> Scores:
             tasks = [piece.model_copy(update={"eta": eta}) for piece in pieces]
@@ -68,7 +77,7 @@ def work_on(
     on_progress: OnProgress,
 ) -> dict[str, Any]:
     """Return the scores of a task's batches, as JSON."""
-    objectives = resolve_objectives(spec.objectives, paired=batches[0].paired)
+    objectives = resolve_objectives(spec.objectives, batches[0].supervision)
     own = [batches[index] for index in task.batches]
     try:
         scores = score_step(
@@ -77,13 +86,21 @@ def work_on(
             read_direction(direction, base.device),
             task.eta,
             own,
-            with_prompt=needs_prompt(objectives),
+            objectives,
             on_batch=PhaseCounter(Phase.CALIBRATION, len(own), on_progress),
         )
     except NumericalFailure:  # the line search has to know that the step is too long
         return {"format": FORMAT, "finite": False}
     values = {name: tensor.tolist() for name, tensor in scores.tensors().items()}
     return {"format": FORMAT, "finite": True, "scores": values}
+
+
+def _expected(objectives: Sequence[Objective], parts: Sequence[Scores]) -> Scores:
+    """Return scores of the same rows, with entries for all that a step's have."""
+    scores = Scores.concatenate(parts)
+    if not needs_mismatches(objectives):
+        return scores
+    return replace(scores, mismatched_logps=torch.zeros_like(scores.chosen_logps))
 
 
 def _from_json(answer: Mapping[str, Any], expected: Scores) -> Scores:

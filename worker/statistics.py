@@ -291,7 +291,8 @@ def _scores(base: BaseModel, batch: Batch, logps: Float[Tensor, " S"]) -> Scores
         raise NumericalFailure(_first_non_finite(base, batch))
     logps, tokens = logps.cpu(), batch.completion_mask.sum(1).cpu()
     if not batch.paired:
-        return Scores(chosen_logps=logps, chosen_tokens=tokens)
+        desirable = None if batch.desirable is None else batch.desirable.cpu()
+        return Scores(chosen_logps=logps, chosen_tokens=tokens, desirable=desirable)
     rows = len(batch.rows)
     return Scores(
         chosen_logps=logps[:rows],

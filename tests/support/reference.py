@@ -21,6 +21,8 @@ class ReferenceRow:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int] | None = None
+    desirable: bool | None = None
+    """The label, of rows whose only completion is ``chosen``."""
 
 
 def token_logps(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
@@ -92,6 +94,32 @@ def dpo_loss(
             ratio = token_logps(model, row.prompt, completion) - anchor
             ratios.append(ratio.mean() if loss_type in PER_TOKEN else ratio.sum())
         losses.append(DPO_LOSSES[loss_type](*ratios, beta, label_smoothing or 0.0))
+    return torch.stack(losses).mean()
+
+
+def kto_loss(
+    model: nn.Module,
+    reference: nn.Module,
+    rows: Sequence[ReferenceRow],
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Eq. 7 of arXiv:2402.01306; every prompt's mismatched completion is that of the row before."""
+
+    def log_ratio(prompt: list[int], completion: list[int]) -> Tensor:
+        with torch.no_grad():
+            anchor = token_logps(reference, prompt, completion).sum()
+        return token_logps(model, prompt, completion).sum() - anchor
+
+    others = [log_ratio(row.prompt, rows[index - 1].chosen) for index, row in enumerate(rows)]
+    point = torch.stack(others).mean().clamp(min=0).detach()
+    losses = []
+    for row in rows:
+        gain = beta * (log_ratio(row.prompt, row.chosen) - point)
+        value = desirable_weight * sigmoid(gain) if row.desirable else undesirable_weight * sigmoid(-gain)
+        losses.append((desirable_weight if row.desirable else undesirable_weight) - value)
     return torch.stack(losses).mean()
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import typer
 
-from d2lora.initializations import Dpo, Orpo, Sft
+from d2lora.initializations import Dpo, Kto, Orpo, Sft
 from d2lora.methods import Pissa
 from d2lora.options import _OPTIONS, build_spec
 
@@ -61,6 +61,8 @@ def test_an_objective_takes_its_fields_by_name():
     spec = build_spec("m", "ds", options(objective=["dpo:loss_type=robust,label_smoothing=0.2,beta=1"]))
 
     assert spec.objectives == [Dpo(loss_type="robust", label_smoothing=0.2, beta=1.0)]
+    kto = build_spec("m", "ds", options(objective=["kto:desirable_weight=1.33"])).objectives
+    assert kto == [Kto(desirable_weight=1.33)]
 
 
 def test_a_method_is_named_with_its_options():
@@ -93,7 +95,7 @@ def test_a_file_holds_a_request_and_options_win_over_it(tmp_path):
     assert (spec.lora.r, spec.lora.use_rslora, spec.seed, spec.objectives) == (4, True, 5, [Orpo()])
 
 
-@pytest.mark.parametrize("given", [{"r": 0}, {"objective": ["kto"]}, {"objective": ["dpo:beta"]}, {"start": "warm"}])
+@pytest.mark.parametrize("given", [{"r": 0}, {"objective": ["ppo"]}, {"objective": ["dpo:beta"]}, {"start": "warm"}])
 def test_a_wrong_option_is_a_usage_error(given):
     with pytest.raises(typer.BadParameter):
         build_spec("m", "ds", options(**given))

@@ -14,7 +14,7 @@ from d2lora.errors import (
     SchemaMixed,
     SchemaUnknown,
 )
-from d2lora.rows import MessagesRow, PreferenceRow, PromptCompletionRow, TextRow
+from d2lora.rows import MessagesRow, PreferenceRow, PromptCompletionRow, TextRow, UnpairedPreferenceRow
 
 USER = {"role": "user", "content": "hello"}
 REPLY = {"role": "assistant", "content": "hi"}
@@ -86,6 +86,36 @@ def test_every_format_gives_the_same_rows(write, format):
 )
 def test_every_kind_of_row_is_recognized(write, record, row):
     assert list(read_rows(write([record]))) == [row]
+
+
+LABELED = [{**PAIR, "label": True}, {**PAIR, "completion": " 5", "label": False}]
+
+
+@pytest.mark.parametrize("format", list(Format))
+def test_every_format_gives_the_same_labels(write, format):
+    summary = inspect(write(LABELED, format=format))
+
+    assert list(read_rows(write(LABELED, format=format))) == [
+        UnpairedPreferenceRow("2+2=", " 4", True),
+        UnpairedPreferenceRow("2+2=", " 5", False),
+    ]
+    assert (summary.row_schema, summary.objectives) == ("unpaired_preference", ["sft", "kto"])
+
+
+def test_labeled_rows_may_be_conversations_and_have_mapped_columns(write):
+    rows = [{"prompt": [USER], "answer": [REPLY], "good": good, "tools": [{"name": "f"}]} for good in (True, False)]
+
+    read = list(read_rows(write(rows, columns={"completion": "answer", "label": "good"})))
+
+    assert read == [UnpairedPreferenceRow([USER], [REPLY], good, tools=[{"name": "f"}]) for good in (True, False)]
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_rows_that_all_have_the_same_label_are_refused_with_the_way_out(write, only):
+    with pytest.raises(DatasetInvalid, match=f"is {str(only).lower()} in every row.*without the column") as caught:
+        inspect(write([{**PAIR, "good": only}] * 2, columns={"label": "good"}))
+
+    assert caught.value.errors[0].field == "good"
 
 
 def test_a_mapping_names_other_columns(write):
@@ -165,6 +195,13 @@ def test_the_kind_of_a_datasets_rows_is_said(write, record, schema):
         ([{**PAIR, "tools": "[" * 70 + "]" * 70}], DatasetInvalid, 1, "tools"),
         ([{**PAIR, "chat_template_kwargs": 4}], DatasetInvalid, 1, "chat_template_kwargs"),
         ([{**PAIR, "chat_template_kwargs": {"chat_template": SECRET}}], DatasetInvalid, 1, "chat_template_kwargs"),
+        ([LABELED[0], PAIR], DatasetInvalid, 2, "label"),
+        ([LABELED[0], {**PAIR, "label": None}], DatasetInvalid, 2, "label"),
+        ([{**PAIR, "label": 1}], DatasetInvalid, 1, "label"),
+        ([{**PAIR, "label": SECRET}], DatasetInvalid, 1, "label"),
+        ([{**PAIR, "label": ""}], DatasetInvalid, 1, "label"),
+        ([PAIR, LABELED[0]], SchemaMixed, 2, None),
+        ([{**LABELED[0], "completion": " "}], CompletionEmpty, 1, "completion"),
         ([{"text": "a"}, {SECRET: 1}], SchemaUnknown, 2, None),
         (b'{"text": NaN}\n', DatasetInvalid, 1, "text"),
         (b'{"prompt": "a", "completion": "b", "tools": ["\\ud800"]}\n', DatasetInvalid, 1, "tools"),

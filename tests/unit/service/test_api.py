@@ -162,7 +162,7 @@ def test_the_request_of_the_documentation_is_accepted(upload, client):
         ({"lora": {"r": 0}}, "#/lora/r"),
         ({"lora": {"rank": 8}}, "#/lora/rank"),
         ({"gama": 1}, "#/gama"),
-        ({"objectives": [{"type": "kto"}]}, "#/objectives/0"),
+        ({"objectives": [{"type": "ppo"}]}, "#/objectives/0"),
         ({"objectives": [{"type": "sft"}, {"type": "dpo", "beta": -1}]}, "#/objectives/1/beta"),
         ({"objectives": [{"type": "dpo", "loss_type": "discopop"}]}, "#/objectives/0/loss_type"),
         ({"objectives": [{"type": "dpo", "loss_type": "robust"}]}, "#/objectives/0/label_smoothing"),
@@ -171,6 +171,7 @@ def test_the_request_of_the_documentation_is_accepted(upload, client):
             {"objectives": [{"type": "dpo", "loss_type": "exo_pair", "label_smoothing": 0.5}]},
             "#/objectives/0/label_smoothing",
         ),
+        ({"objectives": [{"type": "kto", "desirable_weight": 0}]}, "#/objectives/0/desirable_weight"),
         ({"objectives": []}, "#/objectives"),
         ({"combination": {"type": "best"}}, "#/combination"),
         ({"seed": "x"}, "#/seed"),
@@ -203,6 +204,19 @@ def test_weights_that_do_not_match_the_objectives_are_refused(upload, client):
     response = client.post("/v1/initializations", json=request_for(upload().json()["id"], **change))
 
     assert "one weight per entry" in problem_of(response, 422, "request_invalid")["detail"]
+
+
+def test_labeled_rows_allow_kto_and_no_others_do(upload, client):
+    rows = [{"prompt": "a", "completion": " b", "label": True}, {"prompt": "a", "completion": " c", "label": False}]
+    labeled, pairs = upload("\n".join(map(json.dumps, rows))).json(), upload().json()
+    kto = [{"type": "kto", "desirable_weight": 1.33}]
+
+    accepted = client.post("/v1/initializations", json=request_for(labeled["id"], objectives=kto))
+    refused = client.post("/v1/initializations", json=request_for(pairs["id"], objectives=kto))
+
+    assert (labeled["row_schema"], labeled["objectives"]) == ("unpaired_preference", ["sft", "kto"])
+    assert accepted.status_code == 202
+    assert "kto needs rows with a label" in problem_of(refused, 422, "objective_unavailable")["detail"]
 
 
 def test_dpo_on_rows_without_rejected_is_refused(upload, client):

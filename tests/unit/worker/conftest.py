@@ -1,5 +1,6 @@
 """Rows, examples, batches and objectives for the worker's tests."""
 
+import dataclasses
 import random
 from typing import get_args
 
@@ -18,15 +19,24 @@ def reference_rows(count: int, *, paired: bool, seed: int = 0, longest: int = 9)
     return [ReferenceRow(draw(), draw(), draw() if paired else None) for _ in range(count)]
 
 
+def labeled_rows(count: int, *, seed: int = 0) -> list[ReferenceRow]:
+    """About a third desirable, at least one of each label."""
+    return [
+        dataclasses.replace(row, desirable=index % 3 == 0)
+        for index, row in enumerate(reference_rows(count, paired=False, seed=seed))
+    ]
+
+
 def as_examples(rows: list[ReferenceRow]) -> list[Example]:
     def sequence(prompt, completion):
         return TokenSequence(prompt + completion, [False] * len(prompt) + [True] * len(completion))
 
     return [
         Example(
-            digest=f"{row.prompt}{row.chosen}{row.rejected}",
+            digest=f"{row.prompt}{row.chosen}{row.rejected}{row.desirable}",
             chosen=sequence(row.prompt, row.chosen),
             rejected=sequence(row.prompt, row.rejected) if row.rejected else None,
+            desirable=row.desirable,
         )
         for row in rows
     ]

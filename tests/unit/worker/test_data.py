@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2lora.errors import RequestInvalid, RowsTooLong
-from d2lora.rows import MessagesRow, PreferenceRow, PromptCompletionRow, TextRow
+from d2lora.rows import MessagesRow, PreferenceRow, PromptCompletionRow, TextRow, UnpairedPreferenceRow
 from tests.support.tokenizers import CHATML, CHATML_WITH_GENERATION, bpe_tokenizer
-from tests.unit.worker.conftest import as_examples, reference_rows
-from worker.data import assign_folds, encode_rows, make_batches
+from tests.unit.worker.conftest import as_examples, labeled_rows, reference_rows
+from worker.data import assign_folds, distinct_rows, encode_rows, make_batches
 
 USER = {"role": "user", "content": "what color is the sky?"}
 BLUE = {"role": "assistant", "content": "it is blue."}
@@ -41,12 +41,21 @@ MESSAGES = [{"messages": [USER, BLUE, USER, FOUR]}]
 
 def encode(rows, tokenizer, *, max_length=1000):
     kinds = {"messages": MessagesRow, "text": TextRow, "completion": PromptCompletionRow}
+    kinds = {"label": UnpairedPreferenceRow, **kinds}
     kind = next((kinds[name] for name in kinds if name in rows[0]), PreferenceRow)
     return encode_rows(
         [kind(**{"prompt": None, **row} if kind is PreferenceRow else row) for row in rows],
         tokenizer,
         max_length=max_length,
     )
+
+
+LABELED = [
+    {"prompt": "the quick bro", "completion": "wn fox", "label": True},
+    {"prompt": "the quick bro", "completion": "ther dog", "label": False},
+    {"prompt": "what is two plus two? ", "completion": "blue is the sky", "label": False},
+]
+CHAT_LABELED = [{"prompt": [USER], "completion": [reply], "label": reply is BLUE} for reply in (BLUE, FOUR)]
 
 
 def learned(sequence):
@@ -127,6 +136,61 @@ def test_preferences_are_tokenized_as_trl_does(trainers, rows, begins):
             assert sequence.input_ids == prompt + theirs[completion]
             learned = [False] * len(prompt) + [True] * len(theirs[completion])
             assert sequence.completion_mask == [False, *learned[1:]]  # nothing predicts the first token
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's and datasets' own
+@pytest.mark.parametrize("rows", [LABELED, CHAT_LABELED], ids=["strings", "conversations"])
+def test_labeled_rows_are_tokenized_as_trl_does(rows, tmp_path):
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    from tests.support.models import tiny_llama
+
+    tokenizer = bpe_tokenizer(chat_template=CHATML)
+    tokenizer.pad_token = tokenizer.eos_token
+    model = tiny_llama(layers=1)
+    model.resize_token_embeddings(400)
+    config = KTOConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False)
+    dataset = Dataset.from_list(rows)
+    theirs = KTOTrainer(
+        model, ref_model=copy.deepcopy(model), args=config, train_dataset=dataset, processing_class=tokenizer
+    ).train_dataset
+
+    ours = encode(rows, tokenizer).examples
+
+    for example, row in zip(ours, theirs, strict=True):
+        assert example.chosen.input_ids == row["prompt_ids"] + row["completion_ids"]
+        assert example.chosen.completion_mask == [False] * len(row["prompt_ids"]) + [True] * len(row["completion_ids"])
+        assert example.desirable is row["label"]
+
+
+def test_a_label_of_which_no_row_is_left_is_named():
+    rows = [LABELED[0], {**LABELED[2], "prompt": "the quick brown fox jumps over the lazy dog " * 3}]
+
+    with pytest.raises(RowsTooLong, match="no row with label false of 2 is left at max_length 20"):
+        encode(rows, bpe_tokenizer(), max_length=20)
+
+
+@given(seed=st.integers(0, 99), size=st.integers(2, 40))
+@settings(max_examples=30, deadline=None)
+def test_every_fold_has_both_labels_while_there_are_enough_rows_of_each(seed, size):
+    examples = as_examples(labeled_rows(size, seed=seed))
+    count = min(4, distinct_rows(examples))
+
+    folds = assign_folds(examples, folds=count, seed=seed)
+
+    assert distinct_rows(examples) <= sum(example.desirable for example in examples)
+    for label in (True, False):
+        assert {fold for fold, one in zip(folds, examples, strict=True) if one.desirable is label} == set(range(count))
+
+
+def test_labels_follow_their_rows_into_batches_and_halves():
+    examples = as_examples(labeled_rows(9))
+    for batch in make_batches(examples, [0] * 9, max_tokens=100, pad_token_id=0):
+        parts = [batch, *(batch.halves() if len(batch.rows) > 1 else [])]
+        for part in parts:
+            assert part.desirable.tolist() == [examples[row].desirable for row in part.rows]
+            assert part.supervision == "label"
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL's and datasets' own

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2lora.errors import ObjectiveUnavailable
-from d2lora.initializations import Dpo, Orpo, Sft
+from d2lora.initializations import Dpo, Kto, Orpo, Sft
+from d2lora.supervision import Supervision
 from tests.unit.worker.conftest import all_dpo_losses
 from worker.objectives import (
     Basis,
@@ -18,6 +19,7 @@ from worker.objectives import (
     objective_coefficients,
     resolve_objectives,
     row_losses,
+    rows_measured,
     sequence_weights,
 )
 
@@ -119,6 +121,71 @@ def test_losses_far_from_the_start_stay_finite():
         assert torch.isfinite(row_losses(objective, scores, far)).all()
 
 
+def labeled(scores: Scores) -> Scores:
+    labels = torch.arange(len(scores.chosen_logps)) % 3 == 0
+    return Scores(scores.chosen_logps, scores.chosen_tokens, desirable=labels)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(2, 9), seed=st.integers(0, 10_000), beta=st.floats(0.01, 5.0), weight=st.floats(0.1, 9.0))
+def test_the_scalars_of_labeled_rows_are_the_derivatives_of_the_losses(rows, seed, beta, weight):
+    scores = labeled(random_scores(rows, seed))
+    objectives = [Sft(), Kto(beta=beta, desirable_weight=weight, undesirable_weight=1 / weight)]
+    bases = bases_of(objectives)
+
+    weights = objective_coefficients(objectives, bases, count(scores)) @ sequence_weights(bases, scores)
+
+    assert bases == (Basis.LIKELIHOOD, Basis.UNDESIRABLE)
+    for row, objective in zip(weights, objectives, strict=True):
+        chosen = scores.chosen_logps.clone().requires_grad_()
+        row_losses(objective, dataclasses.replace(scores, chosen_logps=chosen), scores).mean().backward()
+        torch.testing.assert_close(row, chosen.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_undesirable_completions_are_not_imitated():
+    scores = labeled(random_scores(5, 0))
+    desirable = Scores(scores.chosen_logps[[0, 3]], scores.chosen_tokens[[0, 3]])
+
+    losses = row_losses(Sft(), scores, scores)
+
+    assert losses.mean().item() == pytest.approx(row_losses(Sft(), desirable, desirable).mean().item())
+    assert losses[[1, 2, 4]].tolist() == [0, 0, 0]
+    assert (rows_measured(Sft(), scores), rows_measured(Kto(), scores)) == (2, 5)
+
+
+def test_rows_of_which_none_is_desirable_have_no_likelihood_and_no_division_by_zero():
+    scores = random_scores(3, 0)
+    scores = Scores(scores.chosen_logps, scores.chosen_tokens, desirable=torch.zeros(3, dtype=torch.bool))
+
+    assert row_losses(Sft(), scores, scores).tolist() == [0, 0, 0]
+
+
+def test_kto_starts_at_half_the_weights_and_falls_as_the_labels_ask():
+    scores = labeled(random_scores(6, 0))
+    objective = Kto(beta=0.5, desirable_weight=3.0)
+    better = dataclasses.replace(scores, chosen_logps=scores.chosen_logps + torch.where(scores.desirable, 0.1, -0.1))
+
+    start = row_losses(objective, scores, scores)
+
+    assert start.tolist() == [1.5, 0.5, 0.5, 1.5, 0.5, 0.5]
+    assert (row_losses(objective, better, scores) < start).all()
+
+
+def test_a_gain_that_every_completion_has_is_no_gain():
+    scores = dataclasses.replace(labeled(random_scores(6, 0)), mismatched_logps=torch.zeros(6, dtype=torch.float64))
+    all_up, all_down = (
+        dataclasses.replace(
+            scores, chosen_logps=scores.chosen_logps + shift, mismatched_logps=scores.mismatched_logps + shift
+        )
+        for shift in (2.0, -2.0)
+    )
+    start = row_losses(Kto(), scores, scores)
+
+    torch.testing.assert_close(row_losses(Kto(), all_up, scores), start)
+    # The reference point stands for a divergence, which is not negative.
+    assert (row_losses(Kto(), all_down, scores) > start)[scores.desirable].all()
+
+
 @pytest.mark.parametrize("mean_logp", [-1e-9, -1e-5, -0.5, -0.7, -50.0, -800.0])
 def test_the_log_odds_ratio_is_finite_and_antisymmetric_at_the_extremes(mean_logp):
     one = torch.ones(1, dtype=torch.int64)
@@ -154,13 +221,22 @@ def test_full_sequence_likelihood_counts_the_prompt_too():
 
 
 def test_objectives_default_to_all_that_the_rows_allow():
-    assert [o.type for o in resolve_objectives(None, paired=True)] == ["sft", "dpo", "orpo"]
-    assert [o.type for o in resolve_objectives(None, paired=False)] == ["sft"]
+    resolved = {kind: [one.type for one in resolve_objectives(None, kind)] for kind in Supervision}
+
+    assert resolved == {"completion": ["sft"], "preference": ["sft", "dpo", "orpo"], "label": ["sft", "kto"]}
 
 
-def test_dpo_on_rows_without_rejected_is_refused_by_name():
-    with pytest.raises(ObjectiveUnavailable, match="dpo"):
-        resolve_objectives([Sft(), Dpo()], paired=False)
+@pytest.mark.parametrize(
+    ("objective", "supervision", "needed"),
+    [
+        (Dpo(), Supervision.COMPLETION, "dpo needs rows with chosen"),
+        (Orpo(), Supervision.LABEL, "orpo needs rows with chosen"),
+        (Kto(), Supervision.PREFERENCE, "kto needs rows with a label"),
+    ],
+)
+def test_an_objective_that_the_rows_do_not_allow_is_refused_by_name(objective, supervision, needed):
+    with pytest.raises(ObjectiveUnavailable, match=needed):
+        resolve_objectives([Sft(), objective], supervision)
 
 
 def test_bases_are_shared_between_objectives():

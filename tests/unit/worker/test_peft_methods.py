@@ -18,11 +18,12 @@ from d2lora.initializations import InitializationSpec, LoraSpec, Phase
 from d2lora.methods import CHANGES_BASE, NAMES
 from d2lora.settings import WorkerSettings
 from tests.support.models import as_base, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.unit.worker.conftest import as_examples, labeled_rows
 from worker.data import encode_rows
 from worker.initialization import initialize
 from worker.models import layer_sizes, load
 from worker.peft_methods import build_peft_adapter
-from worker.peft_passes import gradients
+from worker.peft_passes import gradients, sample
 from worker.quantization import dequantized_weight
 from worker.targets import lora_config, resolve_targets
 
@@ -453,6 +454,16 @@ def test_what_peft_does_on_a_quantized_base_works_here_and_leaves_it_as_it_was(q
 def test_what_peft_refuses_on_a_quantized_base_is_refused(quantized, method):
     with pytest.raises(ModelUnsupported, match="floating point"):
         built(quantized, method)
+
+
+def test_of_labeled_rows_a_method_sees_the_desirable_ones_alone():
+    examples = as_examples(labeled_rows(9))
+
+    seen = sample(examples, count=5, seed=0)
+
+    desirable = [example.digest for example in examples if example.desirable]
+    assert sorted(example.digest for example in seen) == sorted(desirable)
+    assert all(example.desirable is None for example in seen)
 
 
 def test_every_method_has_a_test():

@@ -8,8 +8,8 @@ from d2lora.errors import NumericalFailure
 from d2lora.initializations import Fixed, InitializationSpec, LoraSpec, Sft
 from d2lora.settings import WorkerSettings
 from tests.support.models import as_base, tiny_llama
-from tests.support.reference import sft_loss, weight_gradients
-from tests.unit.worker.conftest import all_dpo_losses, as_examples, reference_rows
+from tests.support.reference import ReferenceRow, sft_loss, weight_gradients
+from tests.unit.worker.conftest import all_dpo_losses, as_examples, labeled_rows, reference_rows
 from worker.factors import calibrated_step
 from worker.pipeline import build_adapter
 from worker.targets import lora_config, resolve_targets
@@ -201,6 +201,40 @@ def test_rows_without_rejected_take_part_in_sft_alone(tmp_path):
 
     assert [objective.type for objective in built.objectives] == ["sft"]
     assert built.mixture.weights.tolist() == [1.0]
+
+
+def labels_of(rows):
+    """Every pair as a desirable and an undesirable row."""
+    both = [(row, row.chosen, True) for row in rows] + [(row, row.rejected, False) for row in rows]
+    return [ReferenceRow(row.prompt, completion, desirable=label) for row, completion, label in both]
+
+
+def test_labeled_rows_get_a_start_that_lowers_kto_and_the_likelihood_loss_of_desirable_rows(tmp_path):
+    built = build(labels_of(learnable_rows(16)), tmp_path)
+
+    assert [objective.type for objective in built.objectives] == ["sft", "kto"]
+    assert built.eta > 0
+    for name, measured in built.held_out.items():
+        assert measured.adapter < measured.base, name
+    assert {name: measured.rows for name, measured in built.held_out.items()} == {"nll": 16, "sft": 16, "kto": 32}
+    assert built.noise_scales[1] is not None
+
+
+def test_every_fold_has_rows_of_both_labels_or_there_is_one_fold(tmp_path):
+    rows = labels_of(learnable_rows(24))
+    rare = [row for row in rows if not row.desirable] + [row for row in rows if row.desirable][:2]
+    single = [row for row in rows if not row.desirable] + [row for row in rows if row.desirable][:1]
+
+    assert build(rare, tmp_path / "a").folds == 2
+    assert build(single, tmp_path / "b").folds == 1
+
+
+def test_labels_that_are_a_coin_toss_get_the_zero_start(tmp_path):
+    rows = [dataclasses.replace(row, desirable=index % 2 == 0) for index, row in enumerate(labeled_rows(16, seed=1))]
+
+    built = build(rows, tmp_path, objectives=[{"type": "kto"}])
+
+    assert built.eta == 0.0
 
 
 def test_the_noise_scale_tells_repeated_rows_from_random_ones(tmp_path):

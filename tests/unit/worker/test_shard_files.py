@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from d2lora.errors import ChecksumMismatch, FormatMismatch, FormatOutdated
-from tests.unit.worker.conftest import as_examples, reference_rows
+from tests.unit.worker.conftest import as_examples, labeled_rows, reference_rows
 from worker.data import make_batches
 from worker.objectives import Counts, Scores
 from worker.shard_files import (
@@ -149,6 +149,22 @@ def test_batches_come_back_as_they_were(tmp_path, paired):
         for name in ("input_ids", "attention_mask", "completion_mask"):
             assert torch.equal(getattr(one, name), getattr(other, name))
             assert getattr(one, name).dtype == getattr(other, name).dtype
+
+
+def test_labels_come_back_with_the_batches_and_scores_of_their_rows(tmp_path):
+    batches = make_batches(as_examples(labeled_rows(9)), [0] * 9, max_tokens=30, pad_token_id=0)
+    labels = torch.cat([batch.desirable for batch in batches])
+    scores = Scores(torch.rand(9).double(), torch.arange(9), desirable=labels, mismatched_logps=torch.rand(9).double())
+
+    write_batches(tmp_path / "batches", batches, PIN, pad_token_id=0)
+    write_scores(tmp_path / "scores", scores, made_from="rows")
+
+    again = read_batches(tmp_path / "batches")[1]
+    assert len(again) > 2
+    assert [batch.desirable.tolist() for batch in again] == [batch.desirable.tolist() for batch in batches]
+    parts = read_scores(tmp_path / "scores", made_from="rows", sizes=[len(batch.rows) for batch in batches])
+    assert torch.equal(Scores.concatenate(parts).desirable, labels)
+    assert torch.equal(Scores.concatenate(parts).mismatched_logps, scores.mismatched_logps)
 
 
 @pytest.mark.parametrize("name", ["lengths_S", "sizes_B", "tokens_N", "rows_R", "folds_B", "learned_N"])

@@ -185,6 +185,35 @@ def test_rows_without_rejected_are_sharded_too(llama, tmp_path):
     )
 
 
+def test_labeled_rows_are_sharded_too_with_their_labels_and_mismatches(llama, tmp_path):
+    pairs = some_rows(20)
+    labeled = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in pairs]
+    labeled += [{"prompt": row["prompt"], "completion": row["rejected"], "label": False} for row in pairs]
+    rows, spec = write_rows(tmp_path / "rows.jsonl", labeled), spec_for(llama)
+    result = whole(spec, rows, tmp_path / "whole", rows)
+    settings = SETTINGS.model_copy(update={"shard_tokens": 200})
+
+    split = sharing.cut(spec, rows, rows, tmp_path / "cut", settings=settings, load=load)
+    files = sharing.gather(spec, split, tmp_path, settings=settings, load=load)
+    sharing.build(spec, split, files, rows, tmp_path, settings=settings, load=load)
+
+    assert len(split.shards) > 3
+    assert isinstance(result, Result)
+    assert (result.summary.start, result.summary.objectives) == ("calibrated", ["sft", "kto"])
+    assert result.summary.evaluation is not None
+    assert {name: measured.rows for name, measured in result.summary.evaluation.items()} == {
+        "nll": 20,
+        "sft": 20,
+        "kto": 40,
+    }
+    sharded = updates(tmp_path / "out")
+    for name, update in updates(tmp_path / "whole").items():
+        assert (update - sharded[name]).norm() < 1e-4 * update.norm(), name
+    report = report_of(tmp_path / "whole")
+    assert report["mean_tokens"].keys() == {"desirable", "undesirable"}
+    assert_alike(report | {"shards": len(split.shards)}, report_of(tmp_path / "out"), relative=1e-3)
+
+
 def test_one_shard_gives_the_unsharded_adapter_bit_for_bit(llama, dataset, tmp_path, monkeypatch):
     spec = spec_for(llama)
     whole(spec, dataset, tmp_path / "whole")

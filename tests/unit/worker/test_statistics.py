@@ -3,10 +3,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2lora.errors import NumericalFailure, OutOfMemory
-from d2lora.initializations import Dpo, LoraSpec, Orpo, Sft
+from d2lora.initializations import Dpo, Kto, LoraSpec, Orpo, Sft
 from tests.support.models import as_base, tiny_gpt2, tiny_llama
-from tests.support.reference import dpo_loss, orpo_loss, sft_loss, weight_gradients
-from tests.unit.worker.conftest import all_dpo_losses, one_fold, reference_rows
+from tests.support.reference import dpo_loss, kto_loss, orpo_loss, sft_loss, weight_gradients
+from tests.unit.worker.conftest import all_dpo_losses, labeled_rows, one_fold, reference_rows
 from worker.models import layer_sizes
 from worker.objectives import bases_of, objective_coefficients
 from worker.sketching import DenseGradient, Shape, Sketch, TestMatrices
@@ -88,6 +88,25 @@ def test_rows_without_rejected_give_the_gradient_of_sft():
     for name, layer in statistics.layers.items():
         ours = coefficients[0, 0] * layer.gradients[0].double()
         assert (ours - expected[name]).norm() < 1e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_labeled_rows_give_autograds_gradients_of_kto_and_of_sft_on_the_desirable_ones(make):
+    model, rows = make(), labeled_rows(8)
+    weights = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7}
+
+    statistics, coefficients = gathered(model, rows, objectives=[Sft(), Kto(**weights)], max_tokens=60)
+
+    reference = model.double()
+    losses = [
+        lambda twin: sft_loss(twin, [row for row in rows if row.desirable]),
+        lambda twin: kto_loss(twin, reference, rows, **weights),
+    ]
+    for row, loss in zip(coefficients, losses, strict=True):
+        expected = weight_gradients(model, statistics.layers, loss)
+        for name, layer in statistics.layers.items():
+            ours = torch.einsum("k,koi->oi", row, layer.gradients.double())
+            assert (ours - expected[name]).norm() < 1e-5 * expected[name].norm(), name
 
 
 def test_the_cut_into_batches_changes_nothing_but_rounding():

@@ -1,14 +1,17 @@
 """Our losses and gradients against TRL's own trainers, on the same rows and the same model."""
 
 import copy
+import dataclasses
 import types
 
 import pytest
 import torch
 
-from d2lora.initializations import Orpo
+from d2lora.initializations import Kto, Orpo
 from tests.support.models import as_base, tiny_llama, tiny_tokenizer
-from tests.unit.worker.conftest import all_dpo_losses, one_fold, reference_rows
+from tests.support.reference import kto_loss, sft_loss
+from tests.unit.worker.conftest import all_dpo_losses, labeled_rows, one_fold, reference_rows
+from worker.mismatches import score_for
 from worker.models import layer_sizes
 from worker.objectives import bases_of, log_odds_ratio, objective_coefficients, row_losses
 from worker.sketching import DenseGradient, Shape, TestMatrices
@@ -17,8 +20,9 @@ from worker.statistics import gather, score
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's and its dependencies' own
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model():
+    """A model of one's own: trainers replace its forward, and a copy would keep the replaced one."""
     return tiny_llama().double()
 
 
@@ -117,6 +121,69 @@ def test_trls_discopop_points_away_from_the_preference_at_the_start(model, tmp_p
     for name, gradient in discopop.items():
         cosine = torch.cosine_similarity(gradient.flatten(), sigmoid[name].flatten(), dim=0)
         assert cosine.item() == pytest.approx(-1.0, abs=1e-6)
+
+
+def kto_trainer(policy, reference, tmp_path, **arguments):
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    config = KTOConfig(
+        output_dir=str(tmp_path),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=8,
+        **arguments,
+    )
+    dataset = Dataset.from_list([{"prompt": "a", "completion": "b", "label": bool(i % 2)} for i in range(4)])
+    tokenizer = tiny_tokenizer()
+    return KTOTrainer(policy, ref_model=reference, args=config, train_dataset=dataset, processing_class=tokenizer)
+
+
+def trl_unpaired_batch(rows):
+    """The rows as TRL's collator lays them out, with completions rotated as its preparation of datasets does."""
+    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+    features = [
+        {
+            "prompt_ids": row.prompt,
+            "completion_ids": row.chosen,
+            "KL_completion_ids": rows[index - 1].chosen,
+            "label": row.desirable,
+        }
+        for index, row in enumerate(rows)
+    ]
+    return DataCollatorForUnpairedPreference(pad_token_id=0)(features)
+
+
+@pytest.mark.parametrize("scale", [0.02, -1.0], ids=["below zero", "above zero"])
+def test_kto_is_trls_whole_loss_away_from_the_reference(model, tmp_path, scale):
+    objective = Kto(beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
+    # Of equal lengths, so that rows keep their order in our batch and no mismatched sequence is cut.
+    rows = [dataclasses.replace(row, prompt=row.prompt[:1] * 4, chosen=(row.chosen * 5)[:5]) for row in labeled_rows(6)]
+    (batch,) = one_fold(rows)
+    rows = [rows[index] for index in batch.rows]
+    moved = moved_from(model) if scale > 0 else copy.deepcopy(model)
+    if scale < 0:  # a step towards all completions, so that the reference point is above 0
+        for parameter in moved.parameters():
+            parameter.requires_grad_()
+        sft_loss(moved, rows).backward()
+        with torch.no_grad():
+            for parameter in moved.parameters():
+                parameter.requires_grad_(False).add_(parameter.grad, alpha=0.3 * scale)
+                parameter.grad = None
+    arguments = objective.model_dump(exclude={"type"})
+    trainer = kto_trainer(moved, model, tmp_path, **arguments)
+
+    theirs = trainer.compute_loss(moved, trl_unpaired_batch(rows)).item()
+
+    base, stepped = (score_for([objective], as_base(one), batch) for one in (model, moved))
+    ours = row_losses(objective, stepped, base).mean().item()
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours == pytest.approx(kto_loss(moved, model, rows, **arguments).item(), rel=1e-6)
+    point = (stepped.mismatched_logps - base.mismatched_logps).mean().item()
+    assert point > 0.1 if scale < 0 else point < 0
 
 
 def test_orpos_odds_ratio_term_is_trls(model, monkeypatch):
