@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -372,6 +373,17 @@ def test_lora_gas_gradient_is_that_of_the_mean_loss_however_rows_are_batched():
         for of in (small, large):
             expected = oracle.get_submodule(name).weight.grad
             assert (of.attributes[name]["_peft_loraga_grad"] - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_no_method_learns_from_rejected_or_undesirable_completions():
+    labeled = [replace(one, desirable=number % 2 == 0) for number, one in enumerate(encoded())]
+    pairs = [replace(one, rejected=encoded()[0].chosen) for one in encoded()]
+
+    from_labels, from_pairs = (sample(rows, count=100, seed=0) for rows in (labeled, pairs))
+
+    assert {one.digest for one in from_labels} == {one.digest for one in encoded()[::2]}
+    assert len(from_pairs) == len(pairs)
+    assert not any(one.rejected or one.desirable is not None for one in [*from_labels, *from_pairs])
 
 
 def test_lora_ga_needs_twice_the_rank(base_model, dataset, tmp_path):
