@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench cluster test check format openapi env deploy-check compose-check clean
+.PHONY: help setup demo bench quality quality-smoke cluster test check format openapi env deploy-check compose-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,6 +36,13 @@ bench: setup ## the pass against its limit and its peers; about 15 minutes on tw
 chaos: setup ## real faults in a real cluster: all scenarios; SHORT=1 as in CI; SECONDS= or JOBS= a random soak; SEED=
 	$(BIN)/python -m tests.chaos $(if $(SHORT),--short) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(SEED),--seed $(SEED))
 
+quality-smoke: setup ## every part of the comparison of initializers on rows made in code; minutes (MODEL=)
+	$(BIN)/python -m bench.quality smoke --results .quality/smoke --processes 2 $(if $(MODEL),--model $(MODEL))
+
+quality: setup ## initializers compared on data of yours: MODEL=label=path DATA=folder GENERAL=file; goes on where it stopped
+	$(BIN)/python -m bench.quality run --model $(MODEL) --data $(DATA) $(if $(GENERAL),--general $(GENERAL)) \
+	  --results .quality/full --seeds 0 1 2 $(ARGS)
+
 check: setup ## format, lint, types, arrows, OpenAPI unchanged
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -60,4 +67,4 @@ compose-check: setup ## build the images, start the compose file over podman, ru
 	$(BIN)/python -m deploy.compose_check $(INSTALL)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .tools .compose-check demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .tools .compose-check .quality demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
