@@ -23,7 +23,7 @@ _COLORS = dict(
 
 def draw_curves(group: Entry, runs: dict[str, list[Record]], path: Path) -> None:
     """Draw test loss against steps and against seconds; bands are the range over seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(13.5, 4.5), sharey=True)
     top = group["base_loss"]
     for name, records in runs.items():
         losses = np.array([[y for _, y in curve(record)] for record in records])
@@ -44,7 +44,8 @@ def draw_curves(group: Entry, runs: dict[str, list[Record]], path: Path) -> None
     margin = 0.08 * (top - lowest)
     axes[0].set_ylim(lowest - margin, top + margin)
     axes[0].set_ylabel("test loss")
-    axes[1].legend(fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[1].legend(handles, labels, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.suptitle(f"{_title(group)}: dotted, vanilla's best; dashed, the base", fontsize=10)
     _save(figure, path)
 
@@ -81,8 +82,8 @@ def draw_steps(group: Entry, path: Path) -> None:
 
 def draw_forgetting(group: Entry, runs: dict[str, list[Record]], path: Path) -> None:
     """Draw the change of loss on general text against the task's gain along training; a dot is the chosen step."""
-    figure, axis = plt.subplots(figsize=(6.5, 4.5))
-    widest = 0.0
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    chosen_most, lowest, highest = 0.0, 0.0, 0.0
     for entry in group["entries"]:
         records = runs[entry["initializer"]]
         gain = _mean_over([[r["base"]["loss"] - y for _, y in curve(r)] for r in records])
@@ -98,12 +99,16 @@ def draw_forgetting(group: Entry, runs: dict[str, list[Record]], path: Path) -> 
         ]
         x, y = np.mean(chosen, axis=0)
         axis.plot(x, y, "o", color=color, ms=6)
-        widest = max(widest, float(y))
-    axis.set_ylim(-0.05 * widest - 0.01, 1.3 * widest + 0.02)
+        chosen_most = max(chosen_most, float(y))
+        lowest, highest = min(lowest, float(np.nanmin(lost))), max(highest, float(np.nanmax(lost)))
+    # What a run forgets long after its chosen step must not flatten the rest.
+    highest = min(highest, 2 * chosen_most) if chosen_most > 0 else highest
+    margin = 0.06 * (highest - lowest) + 0.01
+    axis.set_ylim(lowest - margin, highest + margin)
     axis.set_xlabel("gain: base's test loss minus the adapter's")
     axis.set_ylabel("forgetting: rise of the loss on general text")
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     axis.set_title(_title(group), fontsize=10)
     _save(figure, path)
 
