@@ -115,7 +115,7 @@ def draw_forgetting(group: Entry, runs: dict[str, list[Record]], path: Path) -> 
 
 def draw_sizes(groups: Sequence[Entry], path: Path) -> None:
     """Draw the best test loss against the number of rows, for groups of one model and task."""
-    figure, axis = plt.subplots(figsize=(6.5, 4.2))
+    figure, axis = plt.subplots(figsize=(8, 4.2))
     for name in dict.fromkeys(entry["initializer"] for group in groups for entry in group["entries"]):
         points = sorted(
             (group["rows"], entry["best_loss"], entry["step_0_loss"])
@@ -130,7 +130,7 @@ def draw_sizes(groups: Sequence[Entry], path: Path) -> None:
     axis.set_xlabel("training rows")
     axis.set_ylabel("test loss at the chosen step")
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     axis.set_title(f"{groups[0]['model']}, {groups[0]['task']}", fontsize=10)
     _save(figure, path)
 
