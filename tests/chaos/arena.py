@@ -164,6 +164,7 @@ class Arena:
         spec = InitializationSpec(
             base_model=self.model,
             dataset_id=self.datasets[kind],
+            eval_dataset_id=self.datasets["plain"] if kind == "measured" else None,
             objectives=[Sft(), Dpo()],
             combination=Mean(),
             lora=LoraSpec(r=2),
@@ -245,6 +246,7 @@ def running_arena(directory: Path, tally: Tally, *, replicas: int, workers: int)
             wait_for_worker(process)
         arena.start_seconds = time.monotonic() - began
         arena.upload("plain", _rows(24, length=8))
+        arena.datasets["measured"] = arena.datasets["plain"]
         arena.upload("sharded", _rows(96, length=30))
         arena.ready()
         yield arena

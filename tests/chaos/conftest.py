@@ -28,7 +28,7 @@ def tally():
 def whole_arena(tmp_path_factory, tally):
     """Two replicas of the API, two workers, and the adapters that undisturbed jobs end with."""
     with running_arena(tmp_path_factory.mktemp("chaos"), tally, replicas=2, workers=2) as arena:
-        jobs = [*arena.submit("plain"), *arena.submit("sharded")]
+        jobs = [job for kind in arena.datasets for job in arena.submit(kind)]
         settle(arena, jobs)
         for job in jobs:
             files = query(arena, "SELECT result FROM initializations WHERE id = %s", job.id)[0]["result"]["files"]

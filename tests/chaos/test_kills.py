@@ -13,7 +13,7 @@ from tests.chaos.arena import LEASE_SECONDS, RECONCILE_SECONDS
 from tests.chaos.orders import PHASES, SHARD_STEPS, STEPS, place
 from tests.chaos.verdict import TERMINAL, query, settle
 
-MOMENTS = [*(phase for phase in PHASES if phase != "evaluation"), *STEPS]
+MOMENTS = [*PHASES, *STEPS]
 IN_CI = {("child", "statistics"), ("worker", "manifest"), ("child", "published")}
 
 
@@ -27,7 +27,7 @@ def cases():
 @pytest.mark.parametrize(("victim", "moment"), list(cases()))
 def test_a_worker_killed_at_any_moment_costs_an_attempt_and_no_job(arena, tally, victim, moment):
     order = place(arena.orders, f"kill_{victim}", moment)
-    jobs = arena.submit("plain")
+    jobs = arena.submit("measured" if moment == "evaluation" else "plain")
     wait_until(lambda: order.taken_by is not None, f"a worker reaches {moment}", timeout=60)
     tally.fault(f"{victim} killed at {moment}")
 
