@@ -17,7 +17,7 @@ PHASES = ("loading", "reading", "statistics", "factors", "calibration", "evaluat
 STEPS = ("claim", "claimed", "fetch", "upload", "manifest", "published", "succeeded")
 """Before the claim; after it; before reading the dataset; before the first file; before and after the manifest; after
 the end was settled."""
-SHARD_STEPS = ("split", "shard", "shard_upload", "shard_finish", "gathered")
+SHARD_STEPS = ("split_upload", "split", "shard", "shard_upload", "shard_finish", "gathered", "build_upload")
 _ROOM = 64 * 2**20
 
 

@@ -76,7 +76,7 @@ def open_obedient_storage(settings):
     put_file, get_file = storage.put_file, storage.get_file
 
     def put(key, path, sha256, *, only_if_absent=False):
-        reach("shard_upload" if "/shards/" in key else "manifest" if only_if_absent else "upload")
+        reach(_upload(key, only_if_absent))
         return put_file(key, path, sha256, only_if_absent=only_if_absent)
 
     def get(key, path, sha256):
@@ -85,6 +85,14 @@ def open_obedient_storage(settings):
 
     storage.put_file, storage.get_file = put, get
     return storage
+
+
+def _upload(key, only_if_absent):
+    """Return the moment before an upload: of a split's rows, a build's directions, a shard's sums, or the result."""
+    _, shards, name = key.partition("/shards/")
+    if not shards:
+        return "manifest" if only_if_absent else "upload"
+    return f"{name.partition('-')[0]}_upload" if name.startswith(("split-", "build-")) else "shard_upload"
 
 
 def _obediently(on_progress):
