@@ -8,7 +8,15 @@ from tests.chaos.storm import Storm
 from tests.chaos.verdict import settle
 
 # With a stated error may end what was hit once too often, or what cannot be repaired.
-STATED = {"worker_lost", "storage_unavailable", "storage_full", "out_of_memory", "checksum_mismatch"}
+STATED = {
+    "worker_lost",
+    "storage_unavailable",
+    "store_unavailable",
+    "storage_full",
+    "scratch_full",
+    "out_of_memory",
+    "checksum_mismatch",
+}
 
 
 @pytest.fixture
