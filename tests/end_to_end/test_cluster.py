@@ -138,7 +138,7 @@ def test_a_restored_backup_serves_what_was_done_and_does_what_was_waiting(
         "D2LORA_STORAGE_BUCKET": "restored",
     }
     servers.broker.process.stop()
-    servers.broker.forget()
+    servers.broker.discard()
     servers.broker.start()
     with running(restored, guard, tmp_path, workers=1) as client:
         client.pull(finished.id, tmp_path / "after")
