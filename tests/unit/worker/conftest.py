@@ -53,7 +53,7 @@ def all_dpo_losses(*, beta: float) -> list[Dpo]:
     ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)  # as long as any other fixture, which may compute too
 def _one_thread():
     """Tiny models are slower on several threads, and sums come out in one order."""
     threads = torch.get_num_threads()
