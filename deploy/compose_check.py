@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import httpx
 import yaml
 
+from cluster.processes import free_ports
 from d2lora.client import Client
 from d2lora.initializations import InitializationSpec, LoraSpec, State
 from deploy import chart, composition, dotenv, manifests
@@ -93,7 +93,7 @@ class Compose:
     def __init__(self, tools: Tools, podman: Podman, directory: Path) -> None:
         """Write the file of secrets and the override, which has nothing but limits that podman's service wants."""
         self.models = directory / "models"
-        self.ports = dict(zip(("API", "METRICS", "S3", "POSTGRES", "REDIS"), _free_ports(5), strict=True))
+        self.ports = dict(zip(("API", "METRICS", "S3", "POSTGRES", "REDIS"), free_ports(5), strict=True))
         text = dotenv.dotenv((ROOT / ".env.example").read_text())
         values = {f"{name}_PORT": str(port) for name, port in self.ports.items()}
         values |= {"MODELS_DIR": str(self.models), "S3_PUBLIC_URL": f"http://127.0.0.1:{self.ports['S3']}"}
@@ -235,17 +235,6 @@ def _pull(tally: Tally, client: Client, initialization_id: str, directory: Path)
         {"adapter_model.safetensors", "adapter_config.json", "report.json"} <= set(found), "the adapter's files"
     )
     return found
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 if __name__ == "__main__":

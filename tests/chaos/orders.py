@@ -110,6 +110,13 @@ def _exhaust_tensors() -> None:
     torch.zeros(16 * _ROOM)
 
 
+def _break_device() -> None:
+    """Raise what torch raises when the accelerator's context is beyond repair."""
+    import torch
+
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
 def _fill_disk(room: float = 4096) -> None:
     """Let no file grow beyond a few bytes, as on a full disk, until the limits are lifted."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -124,5 +131,6 @@ _ACTIONS = {
     "sleep": _sleep,
     "exhaust_memory": _exhaust_memory,
     "exhaust_tensors": _exhaust_tensors,
+    "break_device": _break_device,
     "fill_disk": _fill_disk,
 }

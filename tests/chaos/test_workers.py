@@ -98,6 +98,21 @@ def test_memory_that_runs_out_is_a_stated_error(arena, tally, action):
     assert [ending.state for ending in endings.values()].count("succeeded") == 2
 
 
+@pytest.mark.short
+def test_a_broken_accelerator_costs_its_process_and_no_job(arena, tally):
+    order = place(arena.orders, "break_device", "statistics")
+    jobs = arena.submit("plain", 2)
+    wait_until(lambda: order.taken_by is not None, "a worker reaches statistics", timeout=60)
+    tally.fault("accelerator broken in the child")
+
+    endings = settle(arena, jobs)
+
+    assert sorted(ending.attempts for ending in endings.values()) == [1, 2]
+    assert all(ending.failures == 0 for ending in endings.values())  # an outage is no dead worker
+    with pytest.raises(ProcessLookupError):
+        os.kill(order.taken_by, 0)
+
+
 def test_a_job_whose_workers_always_die_is_given_up(arena, tally):
     from tests.chaos.arena import MAX_ATTEMPTS
 

@@ -5,7 +5,7 @@ from datetime import timedelta
 import httpx
 import pytest
 
-from d2lora.errors import ChecksumMismatch, NotFound, StorageFull
+from d2lora.errors import ChecksumMismatch, NotFound, ScratchFull, StorageFull, StorageUnavailable
 
 CONTENT = b"some bytes" * 1000
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -152,6 +152,52 @@ def test_a_full_disk_is_said_to_be_full_and_keeps_no_half(file, tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
         if mounted:
             subprocess.run(["umount", str(root)], check=True)
+
+
+def test_a_file_too_large_for_one_request_is_stored_in_parts_and_comes_back_whole(storage, tmp_path):
+    large, back = tmp_path / "large", tmp_path / "back"
+    with large.open("wb") as output:
+        for block in range(70):
+            output.write(hashlib.sha256(str(block).encode()).digest() * 2**15)  # 1 MiB
+    with large.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+
+    assert storage.put_file(KEY, large, digest)
+    storage.get_file(KEY, back, digest)
+
+    assert back.stat().st_size == 70 * 2**20
+    if hasattr(storage, "_client"):
+        assert storage._client.head_object(Bucket=storage._bucket, Key=KEY)["ETag"].strip('"').endswith("-2")
+
+
+@pytest.mark.parametrize("storage", ["s3"], indirect=True)  # a directory's own disk is the storage
+def test_a_workers_full_disk_is_not_the_storages(storage, file, tmp_path):
+    import resource
+    import signal
+
+    file.write_bytes(b"x" * 200_000)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    storage.put_file(KEY, file, digest)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, hard))
+    try:
+        with pytest.raises(ScratchFull):
+            storage.get_file(KEY, tmp_path / "back", digest)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("storage", ["s3"], indirect=True)  # its answer to a deletion is 200 whatever it kept
+def test_objects_that_the_store_keeps_are_not_said_to_be_removed(storage, file, monkeypatch):
+    storage.put_file(KEY, file, SHA)
+    kept = {"Errors": [{"Key": KEY, "Code": "AccessDenied"}]}
+    monkeypatch.setattr(storage._client, "delete_objects", lambda **_: kept)
+
+    with pytest.raises(StorageUnavailable):
+        storage.delete_prefix("t/acme/")
 
 
 @pytest.mark.parametrize("storage", ["s3"], indirect=True)  # files appear whole

@@ -1,4 +1,5 @@
 import json
+import threading
 
 import pytest
 from pydantic import SecretStr
@@ -419,3 +420,16 @@ def test_health_needs_no_key_and_tells_when_the_database_is_gone(client, app):
     problem_of(client.get("/readyz"), 503, "store_unavailable")
     with app.state.store._engine.begin() as connection:
         connection.exec_driver_sql("ALTER TABLE gone RENAME TO initializations")
+
+
+def test_a_storage_that_hangs_makes_the_service_unready_and_leaves_it_alive(client, app, monkeypatch):
+    hanging = threading.Event()
+    monkeypatch.setattr("service.health._DEADLINE_SECONDS", 0.3)
+    monkeypatch.setattr(app.state.storage, "ping", lambda: hanging.wait(20))
+
+    for _ in range(50):  # more than the threads that requests share
+        problem_of(client.get("/readyz"), 503, "storage_unavailable")
+        assert client.get("/livez").status_code == 200
+        assert client.get("/v1/initializations").status_code == 200
+        monkeypatch.setattr("service.health._DEADLINE_SECONDS", 0.01)
+    hanging.set()

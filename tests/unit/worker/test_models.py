@@ -1,9 +1,12 @@
+import errno
 import json
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 
-from d2lora.errors import ModelNotFound, ModelUnsupported, WeightsUnsafe
+from d2lora.errors import ModelNotFound, ModelUnavailable, ModelUnsupported, ScratchFull, WeightsUnsafe
 from tests.support.models import as_base, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.unit.worker.conftest import one_fold, reference_rows
 from worker.models import load, verify_head
@@ -122,3 +125,34 @@ def test_soft_capped_logits_are_reproduced():
     logps = torch.log_softmax(logits[:, :-1].double(), -1).gather(2, batch.input_ids[:, 1:, None])[..., 0]
     expected = (logps * batch.completion_mask[:, 1:]).sum(1)
     torch.testing.assert_close(score(base, batch).chosen_logps, expected, rtol=1e-5, atol=1e-5)
+
+
+def hub_error(status):
+    request = httpx2.Request("GET", "http://hub/config.json")
+    return HfHubHTTPError("the hub", response=httpx2.Response(status, request=request))
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (hub_error(503), ModelUnavailable),
+        (hub_error(429), ModelUnavailable),
+        (httpx2.ConnectError("refused"), ModelUnavailable),
+        (OSError(errno.EIO, "Input/output error"), ModelUnavailable),
+        (OSError(errno.ENOSPC, "No space left on device"), ScratchFull),
+        (hub_error(404), ModelNotFound),
+        (FileNotFoundError("config.json"), ModelNotFound),
+    ],
+)
+def test_an_outage_is_no_missing_model(monkeypatch, cause, expected):
+    """transformers wraps what the hub raises into an OSError of its own; a disk's errors come as they are."""
+
+    def refuse(*_arguments, **_named):
+        if isinstance(cause, OSError) and cause.errno:
+            raise cause
+        raise OSError("cannot load the configuration") from cause
+
+    monkeypatch.setattr("worker.models.AutoConfig.from_pretrained", refuse)
+
+    with pytest.raises(expected):
+        load("some/model", revision=None, dtype="auto", device="cpu")
