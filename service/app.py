@@ -39,6 +39,7 @@ def create_app(settings: Settings) -> FastAPI:
             serving_metrics(settings.service.metrics_port, settings.service.host, store.outbox, dispatcher),
         ):
             app.state.store = store
+            app.state.probes = health.new_probes()
             yield
 
     app = FastAPI(

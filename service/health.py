@@ -1,10 +1,10 @@
 """``/livez`` and ``/readyz``: for whoever restarts the service, and for whoever sends it traffic."""
 
-from functools import cache
+import threading
 
 import anyio
 import anyio.to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from d2lora.errors import StorageUnavailable
 from d2lora.initializations import Frozen
@@ -14,6 +14,13 @@ from service.problems import responses
 router = APIRouter(tags=["health"])
 
 _DEADLINE_SECONDS = 4.0
+_AT_ONCE = 4
+"""Probes that may wait for an answer; each that hangs keeps a thread."""
+
+
+def new_probes() -> threading.BoundedSemaphore:
+    """Return what an application counts its waiting probes with."""
+    return threading.BoundedSemaphore(_AT_ONCE)
 
 
 class Health(Frozen):
@@ -29,22 +36,23 @@ async def livez() -> Health:
 
 
 @router.get("/readyz", operation_id="getReadiness", responses=responses(StorageUnavailable))
-async def readyz(store: StoreDependency, storage: StorageDependency) -> Health:
+async def readyz(request: Request, store: StoreDependency, storage: StorageDependency) -> Health:
     """Answer when database and storage can be used, within a few seconds either way."""
+    probes: threading.BoundedSemaphore = request.app.state.probes
 
     def ping() -> None:
-        store.ping()
-        storage.ping()
+        # A probe that was given up on still waits in its thread: more of them would only wait as well.
+        if not probes.acquire(blocking=False):
+            raise StorageUnavailable("database or storage does not answer")
+        try:
+            store.ping()
+            storage.ping()
+        finally:
+            probes.release()
 
     try:
         with anyio.fail_after(_DEADLINE_SECONDS):
-            # Threads of their own, and few: those that hang must leave the others' requests alone.
-            await anyio.to_thread.run_sync(ping, limiter=_limiter(), abandon_on_cancel=True)
+            await anyio.to_thread.run_sync(ping, abandon_on_cancel=True)
     except TimeoutError as error:
         raise StorageUnavailable("database or storage does not answer") from error
     return Health()
-
-
-@cache
-def _limiter() -> anyio.CapacityLimiter:
-    return anyio.CapacityLimiter(2)

@@ -1,5 +1,6 @@
 import json
 import threading
+import time
 
 import pytest
 from pydantic import SecretStr
@@ -423,13 +424,23 @@ def test_health_needs_no_key_and_tells_when_the_database_is_gone(client, app):
 
 
 def test_a_storage_that_hangs_makes_the_service_unready_and_leaves_it_alive(client, app, monkeypatch):
-    hanging = threading.Event()
+    hanging, asked = threading.Event(), []
+
+    def ping():
+        asked.append(1)
+        hanging.wait(20)
+
     monkeypatch.setattr("service.health._DEADLINE_SECONDS", 0.3)
-    monkeypatch.setattr(app.state.storage, "ping", lambda: hanging.wait(20))
+    monkeypatch.setattr(app.state.storage, "ping", ping)
 
     for _ in range(50):  # more than the threads that requests share
         problem_of(client.get("/readyz"), 503, "storage_unavailable")
         assert client.get("/livez").status_code == 200
         assert client.get("/v1/initializations").status_code == 200
-        monkeypatch.setattr("service.health._DEADLINE_SECONDS", 0.01)
+        monkeypatch.setattr("service.health._DEADLINE_SECONDS", 0.05)
+
+    assert len(asked) == 4  # the others would only have kept a thread each
     hanging.set()
+    end = time.monotonic() + 10
+    while client.get("/readyz").status_code != 200:
+        assert time.monotonic() < end
