@@ -13,7 +13,7 @@ from peft.tuners.lora import preprocess_loraga
 from torch import Tensor, nn
 
 from bench.subjects import Subject
-from worker.data import Batch
+from worker.batches import Batch
 from worker.logprobs import sequence_logps, sequence_logps_and_gradient
 from worker.models import BaseModel
 from worker.objectives import Basis, Scores, sequence_weights

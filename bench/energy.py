@@ -19,8 +19,9 @@ from torch import Tensor
 from bench.subjects import smollm2
 from d2lora.initializations import InitializationSpec
 from d2lora.rows import PreferenceRow
+from worker.batches import make_batches
 from worker.combining import combine, objective_gramian
-from worker.data import encode_rows, make_batches
+from worker.data import encode_rows
 from worker.factors import inner_products
 from worker.models import layer_sizes
 from worker.objectives import bases_of, objective_coefficients, resolve_objectives

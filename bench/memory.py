@@ -24,7 +24,7 @@ def measure(side: str, arguments: argparse.Namespace) -> int:
     import torch  # only the children need it
 
     from d2lora.initializations import LoraSpec
-    from worker.data import Batch
+    from worker.batches import Batch
     from worker.models import load
     from worker.objectives import Basis
     from worker.pipeline import sketch_shape

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from d2lora.datasets import DatasetFile, Format, read_rows
 from d2lora.initializations import Dpo, LoraSpec, Orpo, Quantization, Sft
-from worker.data import encode_rows, make_batches
+from worker.batches import make_batches
+from worker.data import encode_rows
 from worker.models import BaseModel, load
 from worker.objectives import bases_of, objective_coefficients
 from worker.pipeline import pad_token, sketch_shape

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from d2lora.initializations import LoraSpec
-from worker.data import Batch
+from worker.batches import Batch
 from worker.models import BaseModel, load
 from worker.targets import lora_config, resolve_targets
 

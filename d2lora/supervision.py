@@ -29,3 +29,10 @@ _OBJECTIVES = {
 def rows_needed(objective: str) -> str:
     """Return which rows an objective type needs, after the word "needs"."""
     return "rows with a label" if objective == "kto" else "rows with chosen and rejected completions"
+
+
+def supervision_of(*, paired: bool, labeled: bool) -> Supervision:
+    """Return what rows with rejected completions, or with labels, say."""
+    if paired:
+        return Supervision.PREFERENCE
+    return Supervision.LABEL if labeled else Supervision.COMPLETION

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from d2lora.errors import NumericalFailure
 from d2lora.initializations import HeldOut, Objective, Phase, Sft
+from worker.batches import Batch
 from worker.combining import Mixture
-from worker.data import Batch
 from worker.factors import Direction, adapted, calibrated_step
 from worker.mismatches import score_for
 from worker.models import BaseModel

@@ -6,7 +6,8 @@ from torch import nn
 
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase, Sft
 from d2lora.settings import WorkerSettings
-from worker.data import Example, make_batches
+from worker.batches import make_batches
+from worker.data import Example
 from worker.factors import Factors, adapted
 from worker.mismatches import score_for
 from worker.models import BaseModel

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from d2lora.initializations import Objective
-from worker.data import Batch
+from worker.batches import Batch
 from worker.models import BaseModel
 from worker.objectives import Scores, needs_mismatches, needs_prompt
 from worker.statistics import score

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from d2lora.errors import NumericalFailure, RankTooLarge
 from d2lora.initializations import Phase
-from worker.data import Batch, Example, make_batches
+from worker.batches import Batch, make_batches
+from worker.data import Example
 from worker.factors import Factors
 from worker.logprobs import sequence_logps_and_gradient
 from worker.models import BaseModel, layer_sizes

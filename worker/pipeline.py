@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase
 from d2lora.settings import WorkerSettings
+from worker.batches import Batch, assign_folds, distinct_rows, make_batches
 from worker.calibration import Calibration, Evaluator, Held, alone, calibrate, calibration_batches, held_out
 from worker.combining import Mixture, combine, objective_gramian
-from worker.data import Batch, Example, assign_folds, distinct_rows, make_batches
+from worker.data import Example
 from worker.factors import Direction, Factors, Products, calibrated_step, factorize, inner_products
 from worker.models import BaseModel, layer_sizes
 from worker.objectives import (

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from d2lora.errors import ChecksumMismatch, FormatMismatch, FormatOutdated
 from d2lora.initializations import Frozen
-from worker.data import Batch
+from worker.batches import Batch
 from worker.factors import Direction
 from worker.objectives import Scores
 from worker.sketching import LowRank

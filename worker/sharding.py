@@ -17,8 +17,9 @@ from d2lora.errors import ChecksumMismatch
 from d2lora.initializations import Frozen, InitializationSpec, Phase
 from d2lora.settings import WorkerSettings
 from d2lora.shards import StatisticsTask
+from worker.batches import Batch
 from worker.calibration import calibration_batches
-from worker.data import Batch, Example
+from worker.data import Example
 from worker.evidence import Intake
 from worker.models import BaseModel
 from worker.objectives import Counts, Scores, bases_of, resolve_objectives

@@ -15,8 +15,8 @@ from torch import nn
 from d2lora.errors import ChecksumMismatch, NumericalFailure
 from d2lora.initializations import InitializationSpec, Objective, Phase
 from d2lora.shards import EvaluationTask
+from worker.batches import Batch
 from worker.calibration import Evaluator, Held, StepScores, batch_counter, score_step
-from worker.data import Batch
 from worker.factors import Direction
 from worker.models import BaseModel
 from worker.objectives import Scores, needs_mismatches, resolve_objectives

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from d2lora.errors import NumericalFailure, OutOfMemory
-from worker.data import Batch
+from worker.batches import Batch
 from worker.devices import says_out_of_memory
 from worker.logprobs import sequence_logps, sequence_logps_and_gradient
 from worker.models import BaseModel

@@ -10,7 +10,8 @@ import torch
 from d2lora.initializations import Dpo, DpoLoss
 from tests.support.models import VOCABULARY
 from tests.support.reference import ReferenceRow
-from worker.data import Example, TokenSequence, make_batches
+from worker.batches import make_batches
+from worker.data import Example, TokenSequence
 
 
 def reference_rows(count: int, *, paired: bool, seed: int = 0, longest: int = 9) -> list[ReferenceRow]:

@@ -12,7 +12,8 @@ from d2lora.errors import RequestInvalid, RowsTooLong
 from d2lora.rows import MessagesRow, PreferenceRow, PromptCompletionRow, TextRow, UnpairedPreferenceRow
 from tests.support.tokenizers import CHATML, CHATML_WITH_GENERATION, bpe_tokenizer
 from tests.unit.worker.conftest import as_examples, labeled_rows, reference_rows
-from worker.data import assign_folds, distinct_rows, encode_rows, make_batches
+from worker.batches import assign_folds, distinct_rows, make_batches
+from worker.data import encode_rows
 
 USER = {"role": "user", "content": "what color is the sky?"}
 BLUE = {"role": "assistant", "content": "it is blue."}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from d2lora.errors import ChecksumMismatch, FormatMismatch, FormatOutdated
 from tests.unit.worker.conftest import as_examples, labeled_rows, reference_rows
-from worker.data import make_batches
+from worker.batches import make_batches
 from worker.objectives import Counts, Scores
 from worker.shard_files import (
     FORMAT,

@@ -1,0 +1,131 @@
+"""From examples to token batches: folds, and rows of similar lengths padded to one size.
+
+Shape legend
+    S  sequences (chosen first, then rejected)    T  tokens of the longest sequence in the batch    R  rows
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from d2lora.supervision import Supervision, supervision_of
+from worker.data import Example
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one fold, padded on the right."""
+
+    input_ids: Int[Tensor, "S T"]
+    attention_mask: Int[Tensor, "S T"]
+    completion_mask: Bool[Tensor, "S T"]
+    paired: bool
+    """True: the first half of the sequences are chosen, the second half the same rows' rejected ones."""
+    rows: tuple[int, ...]
+    """Indices into the examples."""
+    fold: int
+    desirable: Bool[Tensor, " R"] | None = None
+    """The rows' labels, if they have some."""
+
+    @property
+    def supervision(self) -> Supervision:
+        """What the rows say of their completions."""
+        return supervision_of(paired=self.paired, labeled=self.desirable is not None)
+
+    def halves(self) -> tuple["Batch", "Batch"]:
+        """Return the batch in two parts by rows; a pair stays together."""
+        middle = len(self.rows) // 2
+        return self._part(range(middle)), self._part(range(middle, len(self.rows)))
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device."""
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.completion_mask.to(device),
+            self.paired,
+            self.rows,
+            self.fold,
+            None if self.desirable is None else self.desirable.to(device),
+        )
+
+    def _part(self, rows: range) -> "Batch":
+        index = [*rows, *(len(self.rows) + row for row in rows)] if self.paired else [*rows]
+        return Batch(
+            self.input_ids[index],
+            self.attention_mask[index],
+            self.completion_mask[index],
+            self.paired,
+            tuple(self.rows[row] for row in rows),
+            self.fold,
+            None if self.desirable is None else self.desirable[list(rows)],
+        )
+
+
+def distinct_rows(examples: Iterable[Example]) -> int:
+    """Return how many rows are distinct, or of labeled rows those of the rarer label."""
+    return min(map(len, _by_label(examples).values()))
+
+
+def assign_folds(examples: Sequence[Example], *, folds: int, seed: int) -> list[int]:
+    """Return every example's fold: the rank of hash(seed, content) modulo the number of folds, label by label.
+
+    Equal rows share a fold, so that no row is held out from its own copy, and the order of rows changes nothing.
+    """
+    fold_of: dict[str, int] = {}
+    for digests in _by_label(examples).values():
+        ranked = sorted(digests, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
+        fold_of |= {digest: rank % folds for rank, digest in enumerate(ranked)}
+    return [fold_of[example.digest] for example in examples]
+
+
+def _by_label(examples: Iterable[Example]) -> dict[bool | None, set[str]]:
+    digests: dict[bool | None, set[str]] = {}
+    for example in examples:
+        digests.setdefault(example.desirable, set()).add(example.digest)
+    return digests
+
+
+def make_batches(
+    examples: Sequence[Example], folds: Sequence[int], *, max_tokens: int, pad_token_id: int
+) -> list[Batch]:
+    """Return batches of one fold each, of similar lengths, with at most ``max_tokens`` padded tokens.
+
+    A row that is longer alone makes a batch of its own. Rows are sorted by length and content, so the batches do not
+    depend on the order of the dataset.
+    """
+    batches = []
+    for fold in sorted(set(folds)):
+        own = [index for index, of in enumerate(folds) if of == fold]
+        own.sort(key=lambda index: (examples[index].length, examples[index].digest))
+        current: list[int] = []
+        for index in own:
+            sequences = (len(current) + 1) * (2 if examples[index].rejected else 1)
+            if current and sequences * examples[index].length > max_tokens:
+                batches.append(_batch(examples, current, fold, pad_token_id))
+                current = []
+            current.append(index)
+        batches.append(_batch(examples, current, fold, pad_token_id))
+    return batches
+
+
+def _batch(examples: Sequence[Example], rows: Sequence[int], fold: int, pad_token_id: int) -> Batch:
+    chosen = [examples[row].chosen for row in rows]
+    rejected = [sequence for row in rows if (sequence := examples[row].rejected) is not None]
+    sequences = chosen + rejected
+    size = (len(sequences), max(len(sequence.input_ids) for sequence in sequences))
+    input_ids = torch.full(size, pad_token_id)
+    attention_mask = torch.zeros(size, dtype=torch.int64)
+    completion_mask = torch.zeros(size, dtype=torch.bool)
+    for index, sequence in enumerate(sequences):
+        length = len(sequence.input_ids)
+        input_ids[index, :length] = torch.tensor(sequence.input_ids)
+        attention_mask[index, :length] = 1
+        completion_mask[index, :length] = torch.tensor(sequence.completion_mask)
+    labels = [label for row in rows if (label := examples[row].desirable) is not None]
+    desirable = torch.tensor(labels) if labels else None
+    return Batch(input_ids, attention_mask, completion_mask, bool(rejected), tuple(rows), fold, desirable)
