@@ -68,6 +68,7 @@ def make_app(broker: BrokerSettings, settings: WorkerSettings) -> Celery:
         # The last resort against a child that hangs; only the process pool can enforce it.
         task_time_limit=longest,
         worker_consumer="worker.app:PatientConsumer",
+        # Threads can be neither limited in time nor killed; one child, since it has the GPU or the cores to itself.
         worker_pool="prefork",
         worker_concurrency=1,
         worker_pool_start_method="spawn",
@@ -79,6 +80,7 @@ def make_app(broker: BrokerSettings, settings: WorkerSettings) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         # Memory fragments over many models.
         worker_max_tasks_per_child=200,
+        # Our events are on standard error already.
         worker_redirect_stdouts=False,
     )
     return app
