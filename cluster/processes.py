@@ -148,6 +148,15 @@ class Process:
                 os.killpg(self.pid, number)
 
 
+def lives(pid: int) -> bool:
+    """Whether there is a process with this ID."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def stopping(processes: Sequence[Process]) -> Iterator[None]:
     """Stop the processes at the end of the block, the last one first and all of them in any case."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import httpx
 
-from cluster.processes import Guard, Process, wait_until
+from cluster.processes import Guard, Process, lives, wait_until
 from cluster.servers import PostgreSql, SeaweedFs, Valkey, postgresql, seaweedfs, valkey
 
 BUCKET = "d2lora"
 _ROOT = Path(__file__).resolve().parent.parent
+_READY = re.compile(r"worker_ready name=\S+:(\d+)")
 
 
 @dataclass
@@ -98,10 +100,11 @@ def wait_for_service(process: Process, url: str, *, timeout: float = 120.0) -> N
 
 
 def wait_for_worker(process: Process, *, timeout: float = 120.0) -> None:
-    """Return when a worker has said, since its last start, that it is ready."""
+    """Return when a worker's child, the last of this start if it had several, is ready and still lives."""
 
     def ready() -> bool:
         written = process.log.read_text(encoding="utf-8", errors="replace")
-        return "worker_ready" in written.rpartition(f"started {process.name}\n")[2]
+        children = _READY.findall(written.rpartition(f"started {process.name}\n")[2])
+        return bool(children) and lives(int(children[-1]))
 
     wait_until(ready, f"{process.name} is ready", timeout=timeout, process=process)
