@@ -25,7 +25,7 @@ def vectors(count, seed, *, scale=1.0):
     return drawn * torch.logspace(0, scale, count, dtype=torch.float64)[:, None]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 9999), combination=st.sampled_from(ALL[:4]))
 def test_the_scale_of_an_objective_decides_nothing(seed, combination):
     drawn = vectors(3, seed)
@@ -37,7 +37,7 @@ def test_the_scale_of_an_objective_decides_nothing(seed, combination):
     torch.testing.assert_close(other.norms, scaled.norm(dim=1), rtol=1e-9, atol=0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 9999))
 def test_the_min_norm_point_satisfies_its_optimality_conditions(seed):
     drawn = vectors(3, seed)
@@ -51,7 +51,7 @@ def test_the_min_norm_point_satisfies_its_optimality_conditions(seed):
     assert (units @ point >= point @ point - 1e-3).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 9999))
 def test_upgrads_direction_conflicts_with_no_objective(seed):
     drawn = vectors(3, seed)

@@ -173,7 +173,7 @@ def test_a_label_of_which_no_row_is_left_is_named():
 
 
 @given(seed=st.integers(0, 99), size=st.integers(2, 40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_fold_has_both_labels_while_there_are_enough_rows_of_each(seed, size):
     examples = as_examples(labeled_rows(size, seed=seed))
     count = min(4, distinct_rows(examples))
@@ -418,7 +418,7 @@ rows_strategy = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=rows_strategy,
     copies=st.integers(1, 3),
@@ -446,7 +446,7 @@ def test_another_seed_makes_other_folds():
     assert first != second
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=rows_strategy, max_tokens=st.integers(1, 300), shuffle=st.integers(0, 99))
 def test_batches_hold_every_row_once_within_the_limit_and_do_not_depend_on_order(rows, max_tokens, shuffle):
     examples = as_examples(rows)

@@ -43,7 +43,7 @@ def autograd_sequence_gradient(objective, scores: Scores) -> torch.Tensor:
     return torch.cat([chosen.grad, torch.zeros_like(rejected) if rejected.grad is None else rejected.grad])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=st.integers(1, 9), seed=st.integers(0, 10_000), beta=st.floats(0.01, 5.0))
 def test_the_scalars_are_the_derivatives_of_the_losses(rows, seed, beta):
     scores = random_scores(rows, seed)
@@ -126,7 +126,7 @@ def labeled(scores: Scores) -> Scores:
     return Scores(scores.chosen_logps, scores.chosen_tokens, desirable=labels)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=st.integers(2, 9), seed=st.integers(0, 10_000), beta=st.floats(0.01, 5.0), weight=st.floats(0.1, 9.0))
 def test_the_scalars_of_labeled_rows_are_the_derivatives_of_the_losses(rows, seed, beta, weight):
     scores = labeled(random_scores(rows, seed))

@@ -30,7 +30,7 @@ def reconstruct(factorization: LowRank) -> torch.Tensor:
     return (factorization.left * factorization.values) @ factorization.right
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sides=st.tuples(st.integers(3, 20), st.integers(3, 20)),
     rows=st.integers(1, 5),
