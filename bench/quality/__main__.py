@@ -46,9 +46,14 @@ def main() -> int:
     run.add_argument("--rows", nargs="+", type=int, default=[64])
     run.add_argument("--initializers", nargs="+", default=list(INITIALIZERS))
     run.add_argument("--learning-rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3])
-    run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the test split")
+    run.add_argument("--tune-seeds", nargs="+", type=int, help="among which learning rates are chosen; else --seeds")
     for name, field in Protocol.model_fields.items():
-        run.add_argument(f"--{name.replace('_', '-')}", type=field.annotation, default=field.default)
+        option = f"--{name.replace('_', '-')}"
+        if field.annotation is bool:
+            run.add_argument(option, action=argparse.BooleanOptionalAction, default=field.default)
+        else:
+            run.add_argument(option, type=field.annotation, default=field.default)
     for sub in (smoke, run):
         sub.add_argument("--results", type=Path, required=True)
         sub.add_argument("--processes", type=int, default=1)
@@ -103,6 +108,7 @@ def _plan(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tup
         initializers=tuple(arguments.initializers),
         learning_rates=tuple(arguments.learning_rates),
         seeds=tuple(arguments.seeds),
+        tune_seeds=tuple(arguments.tune_seeds) if arguments.tune_seeds else None,
         protocol=Protocol(**{name: getattr(arguments, name) for name in Protocol.model_fields}),
     )
     return plan, Places(models=models, folders=folders, general=arguments.general)

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from bench.quality.datasets import Splits, general_rows, in_batches, splits
 from bench.quality.generation import row_scores
 from bench.quality.grid import Cell, Places
-from bench.quality.initializers import INITIALIZERS, Start, Work
-from bench.quality.measuring import Held, Scores, finite, mean_loss, preference, row_losses, score_all
+from bench.quality.initializers import INITIALIZERS
+from bench.quality.measuring import Held, Scores, compute, finite, mean_loss, preference, row_losses, score_all
 from bench.quality.peft_starts import MethodFailed
+from bench.quality.starts import Start, Work
 from bench.quality.training import train
 from d2lora.models import LocalModel, locate
 
@@ -36,7 +37,7 @@ def run(cell: Cell, places: Places) -> Record:
         with_test=cell.phase == "test",
     )
     measure = _Measure(cell, parts, places, base, tokenizer)
-    record: Record = {"fingerprint": cell.fingerprint, "cell": cell.model_dump(), "base": measure.curve_point(base)}
+    record: Record = {"fingerprint": cell.fingerprint, "cell": cell.model_dump(), "base": measure.base}
     # DPO's reference, for every method, is the base model as it was.
     reference = copy.deepcopy(base) if cell.task.trainer == "dpo" else None
     with tempfile.TemporaryDirectory(prefix="quality-") as name:
@@ -112,18 +113,22 @@ class _Measure:
         self, cell: Cell, parts: Splits, places: Places, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         self.cell, self.tokenizer = cell, tokenizer
-        length = cell.protocol.max_length
+        length, autocast = cell.protocol.max_length, cell.protocol.autocast
         self.test = parts.test
-        self.held = Held(parts.validation if parts.test is None else parts.test, tokenizer, max_length=length)
+        rows = parts.validation if parts.test is None else parts.test
+        self.held = Held(rows, tokenizer, max_length=length, autocast=autocast)
         self.reference = score_all(base, self.held)
         self.general = None
         if places.general is not None:
             rows = general_rows(places.general, cell.protocol.general_rows)
-            self.general = Held(rows, tokenizer, max_length=length)
+            self.general = Held(rows, tokenizer, max_length=length, autocast=autocast)
+        self.base = self._point(base, self.reference)
 
     def curve_point(self, model: torch.nn.Module) -> Record:
         """Return the losses, and for pairs the preferences."""
-        scores = score_all(model, self.held)
+        return self._point(model, score_all(model, self.held))
+
+    def _point(self, model: torch.nn.Module, scores: Scores) -> Record:
         point: Record = {"loss": finite(self._loss(scores))}
         if scores.rejected is not None:
             point |= {name: finite(value) for name, value in preference(scores, self.reference).items()}
@@ -138,13 +143,14 @@ class _Measure:
         protocol = self.cell.protocol
         scores = score_all(model, self.held)
         losses = row_losses(self.cell.task.trainer, scores, self.reference, beta=protocol.beta)
-        written = row_scores(
-            self.cell.task.kind,
-            self.test[: protocol.generation_rows],
-            model,
-            self.tokenizer,
-            new_tokens=protocol.new_tokens,
-        )
+        with compute(next(model.parameters()).device.type, autocast=protocol.autocast):
+            written = row_scores(
+                self.cell.task.kind,
+                self.test[: protocol.generation_rows],
+                model,
+                self.tokenizer,
+                new_tokens=protocol.new_tokens,
+            )
         return {"row_losses": [finite(value) for value in losses.tolist()], **written}
 
     def _loss(self, scores: Scores) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bench.quality.cell import Record
@@ -25,9 +25,10 @@ class Choice:
     cells: tuple[Cell, ...]
     """The chosen rate's tune cells, one per seed."""
 
-    def test_cells(self) -> list[Cell]:
+    def test_cells(self, seeds: Sequence[int]) -> list[Cell]:
         """Return the cells that report the choice."""
-        return [cell.model_copy(update={"phase": "test", "chosen_step": self.step}) for cell in self.cells]
+        shared = {"phase": "test", "chosen_step": self.step}
+        return [self.cells[0].model_copy(update={**shared, "seed": seed}) for seed in seeds]
 
 
 def choose(records: Iterable[Record]) -> dict[Key, Choice]:

@@ -18,8 +18,8 @@ from d2lora.models import LocalModel, locate
 ROOT = Path(__file__).resolve().parents[2]
 Trainer = Literal["sft", "dpo", "orpo"]
 
-_DECIDING = ("datasets", "encoding", "initializers", "peft_starts", "training", "measuring", "generation", "cell")
-"""Modules of this package that decide a cell's numbers."""
+_DECIDING = ("datasets", "encoding", "starts", "peft_starts", "training", "measuring", "generation", "cell")
+"""Modules of this package that decide every cell's numbers."""
 
 
 class Protocol(Frozen):
@@ -37,6 +37,8 @@ class Protocol(Frozen):
     new_tokens: int = 96
     beta: float = 0.1
     """Of DPO and ORPO."""
+    autocast: bool = False
+    """Whether training and measuring multiply matrices in bfloat16; starts are computed in float32 all the same."""
 
     def measured_at(self) -> list[int]:
         """Return the steps at which losses are measured: dense at the start, where initializations differ."""
@@ -111,13 +113,16 @@ class Plan(Frozen):
     initializers: tuple[str, ...]
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
+    """Of the test split."""
     protocol: Protocol
+    tune_seeds: tuple[int, ...] | None = None
+    """Among which learning rates are chosen, for every initializer alike; all ``seeds`` when None."""
 
     def tune_cells(self, places: Places) -> Iterator[Cell]:
         """Yield the cells among which learning rates are chosen; seeds come last, so that a broken run has pairs."""
         versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
         general = None if places.general is None else digest([places.general])
-        for seed in self.seeds:
+        for seed in self.tune_seeds or self.seeds:
             for label, path in places.models.items():
                 for task in self.tasks:
                     folder = places.folders[task.name]
@@ -147,7 +152,7 @@ def code_identity(initializer: str) -> str:
     """Return a digest of the sources that decide a cell's numbers; the worker's are among them for ours alone."""
     paths = [ROOT / "bench" / "quality" / f"{name}.py" for name in _DECIDING]
     if initializer.startswith(("ours", "random")):
-        paths += sorted((ROOT / "worker").glob("*.py"))
+        paths += [ROOT / "bench" / "quality" / "ours.py", *sorted((ROOT / "worker").glob("*.py"))]
     return digest(paths)
 
 

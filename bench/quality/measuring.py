@@ -38,40 +38,49 @@ class Scores:
 class Held:
     """Rows that losses are measured on, as tokens."""
 
-    def __init__(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
-        self.pad = tokenizer.pad_token_id
+    def __init__(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int, autocast: bool = False
+    ) -> None:
+        self.pad, self.autocast = tokenizer.pad_token_id, autocast
         self.chosen = [encode(row, field_of(row), tokenizer, max_length=max_length) for row in rows]
         self.rejected = [encode(row, "rejected", tokenizer, max_length=max_length) for row in rows if "rejected" in row]
 
-    def batches(self, size: int = _BATCH) -> Iterator["Held"]:
-        """Yield the rows in parts."""
-        for begin in range(0, len(self.chosen), size):
-            part = object.__new__(Held)
-            part.pad = self.pad
-            part.chosen, part.rejected = self.chosen[begin : begin + size], self.rejected[begin : begin + size]
-            yield part
+    def part(self, rows: Sequence[int]) -> "Held":
+        """Return some of the rows."""
+        part = object.__new__(Held)
+        part.pad, part.autocast = self.pad, self.autocast
+        part.chosen, part.rejected = ([own[row] for row in rows if own] for own in (self.chosen, self.rejected))
+        return part
+
+    def batches(self, order: Sequence[int] | None = None) -> Iterator["Held"]:
+        """Yield the rows in parts, in their own or another order."""
+        order = range(len(self.chosen)) if order is None else order
+        for begin in range(0, len(order), _BATCH):
+            yield self.part(order[begin : begin + _BATCH])
 
 
 def score(model: nn.Module, held: Held) -> Scores:
     """Return the log-probabilities of a few rows; gradients flow where they are enabled."""
-    chosen = _logps(model, held.chosen, held.pad)
+    chosen = _logps(model, held.chosen, held)
     counts = _counts(held.chosen)
     if not held.rejected:
         return Scores(chosen, counts)
-    return Scores(chosen, counts, _logps(model, held.rejected, held.pad), _counts(held.rejected))
+    return Scores(chosen, counts, _logps(model, held.rejected, held), _counts(held.rejected))
 
 
 def score_all(model: nn.Module, held: Held) -> Scores:
     """Return the log-probabilities of all rows, in float32 on the CPU, in evaluation mode and without gradients."""
     training = model.training
     model.eval()
+    by_length = sorted(range(len(held.chosen)), key=lambda row: len(held.chosen[row].ids))
     with torch.no_grad():
-        parts = [score(model, part) for part in held.batches()]
+        parts = [score(model, part) for part in held.batches(by_length)]
     model.train(training)
+    places = torch.tensor(by_length).argsort()
 
     def joined(name: str) -> Tensor | None:
         found = [getattr(part, name) for part in parts]
-        return None if found[0] is None else torch.cat(found).float().cpu()
+        return None if found[0] is None else torch.cat(found).float().cpu()[places]
 
     return Scores(*(joined(name) for name in ("chosen", "chosen_tokens", "rejected", "rejected_tokens")))  # type: ignore[arg-type]  # the first two are never None
 
@@ -134,8 +143,16 @@ def _counts(sequences: Sequence[encoding.Sequence]) -> Tensor:
     return torch.tensor([float(sequence.tokens) for sequence in sequences])
 
 
-def _logps(model: nn.Module, sequences: list[encoding.Sequence], pad: int) -> Tensor:
-    ids, attention, learned = padded(sequences, pad, next(model.parameters()).device)
-    logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1].float()
-    taken = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
-    return (taken * learned[:, 1:]).sum(1).cpu()
+def _logps(model: nn.Module, sequences: list[encoding.Sequence], held: Held) -> Tensor:
+    ids, attention, learned = padded(sequences, held.pad, next(model.parameters()).device)
+    # Prompts need no logits: with a large vocabulary these would cost as much as the layers.
+    kept = learned[:, 1:].any(0).nonzero()[:, 0]
+    with compute(ids.device.type, autocast=held.autocast):
+        output = model(input_ids=ids, attention_mask=attention, use_cache=False, logits_to_keep=kept)
+    taken = torch.log_softmax(output.logits.float(), -1).gather(-1, ids[:, 1 + kept, None])[..., 0]
+    return (taken * learned[:, 1 + kept]).sum(1).cpu()
+
+
+def compute(device: str, *, autocast: bool) -> torch.autocast:
+    """Return the context in which matrices are multiplied in bfloat16, or one that changes nothing."""
+    return torch.autocast(device, torch.bfloat16, enabled=autocast)

@@ -24,7 +24,7 @@ from bench.quality.encoding import padded
 from bench.quality.measuring import Held, mean_loss, score
 
 if TYPE_CHECKING:
-    from bench.quality.initializers import Work
+    from bench.quality.starts import Work
 
 _EVA_FORWARDS = 400
 """PEFT has no limit of its own and would go on for ever where components do not converge."""

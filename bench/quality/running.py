@@ -32,13 +32,18 @@ def run_plans(
         CellsFailed: at least one cell could not be run.
     """
     tune = [cell for plan in plans for cell in plan.tune_cells(places)]
-    expected_tests = len({(cell.group, cell.initializer, cell.seed) for cell in tune})
+    expected_tests = sum(
+        len({(cell.group, cell.initializer) for cell in plan.tune_cells(places)}) * len(plan.seeds) for plan in plans
+    )
     _run_cells("tune", tune, places, store, processes=processes, threads=threads, to_come=expected_tests)
-    tuned = store.read(tune)
-    choices = choose(tuned)
-    test = [cell for choice in choices.values() for cell in choice.test_cells()]
+    choices: dict[Key, Choice] = {}
+    test = []
+    for plan in plans:
+        found = choose(store.read(plan.tune_cells(places)))
+        choices |= found
+        test += [cell for choice in found.values() for cell in choice.test_cells(plan.seeds)]
     _run_cells("test", test, places, store, processes=processes, threads=threads, to_come=0)
-    return store.read(test), choices, [record for record in tuned if record.get("failed")]
+    return store.read(test), choices, [record for record in store.read(tune) if record.get("failed")]
 
 
 def _run_cells(

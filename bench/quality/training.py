@@ -82,7 +82,7 @@ def train(
         "save_strategy": "no",
         "disable_tqdm": True,
         "gradient_checkpointing": False,
-        "bf16": next(model.parameters()).dtype == torch.bfloat16,
+        "bf16": protocol.autocast or next(model.parameters()).dtype == torch.bfloat16,
         "use_cpu": not torch.cuda.is_available(),
     }
     watch = _Watch(frozenset(protocol.measured_at()), on_step)

@@ -110,9 +110,9 @@ def test_rate_and_step_of_the_lowest_mean_validation_loss_are_chosen():
 
     assert (choice.learning_rate, choice.step, choice.validation_loss) == (0.2, 4, 1.8)
     assert choice.at_edge == "highest"
-    assert [(test.phase, test.chosen_step, test.seed) for test in choice.test_cells()] == [
-        ("test", 4, 0),
+    assert [(test.phase, test.chosen_step, test.seed) for test in choice.test_cells([1, 2])] == [
         ("test", 4, 1),
+        ("test", 4, 2),
     ]
 
 

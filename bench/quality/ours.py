@@ -1,0 +1,65 @@
+"""Our initializer in its variants, run from files to files as the worker runs it, and a control of its magnitude."""
+
+import json
+from typing import Literal
+
+import torch
+from peft import PeftModel
+
+from bench.quality.peft_starts import layers, random_start, scaled
+from bench.quality.starts import Start, Work
+from d2lora.datasets import DatasetFile, Format
+from d2lora.initializations import InitializationSpec, LoraSpec
+from d2lora.settings import WorkerSettings
+from worker.initialization import initialize
+
+
+def ours_calibrated(work: Work) -> Start:
+    """Delivered files with the step that held-out rows support."""
+    return _ours(work, "calibrated")
+
+
+def ours_zero(work: Work) -> Start:
+    """Delivered files with the direction in ``lora_A`` alone."""
+    return _ours(work, "zero")
+
+
+def random_matched(work: Work) -> Start:
+    """Random factors whose product is, layer by layer, as large as that of our calibrated step (arXiv:2507.06558)."""
+    wanted = {name: scaled(layer).norm().item() for name, layer in layers(_ours(work, "calibrated").model).items()}
+    start = random_start(work)
+    generator = torch.Generator().manual_seed(work.seed)
+    with torch.no_grad():
+        for name, layer in layers(start).items():
+            factor = layer.lora_B["default"].weight
+            factor.copy_(torch.randn(factor.shape, generator=generator))
+            factor.mul_(wanted[name] / scaled(layer).norm())
+    return Start(start, {"magnitude": _magnitude(wanted)})
+
+
+def _ours(work: Work, start: Literal["calibrated", "zero"]) -> Start:
+    """Run the worker from files to files, and load its files on the unmodified base as a user would."""
+    rows = work.directory / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in work.rows), encoding="utf-8")
+    out = work.directory / "adapter"
+    out.mkdir()
+    spec = InitializationSpec(
+        base_model=work.model,
+        dataset_id="bench",
+        lora=LoraSpec(r=work.protocol.r, lora_alpha=work.protocol.lora_alpha),
+        start=start,
+        max_length=work.protocol.max_length,
+        seed=work.seed,
+    )
+    result = initialize(
+        spec, DatasetFile(rows, Format.JSONL), None, out=out, settings=WorkerSettings(), on_progress=lambda *_: None
+    )
+    model = PeftModel.from_pretrained(work.base, str(out), is_trainable=True)
+    wanted = {name: scaled(layer).norm().item() for name, layer in layers(model).items()}
+    summary = result.summary
+    return Start(model, {"start": summary.start, "weights": summary.weights, "magnitude": _magnitude(wanted)})
+
+
+def _magnitude(norms: dict[str, float]) -> float:
+    """Return the norm of all layers' ``s B A`` together."""
+    return round(sum(norm**2 for norm in norms.values()) ** 0.5, 6)

@@ -1,0 +1,42 @@
+"""What an initializer is given, and what it gives back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bench.quality.datasets import Row
+from bench.quality.grid import Protocol, Trainer
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an initializer is given."""
+
+    base: PreTrainedModel
+    """A copy of its own: it may be changed."""
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[Row]
+    """The rows that training will see."""
+    trainer: Trainer
+    protocol: Protocol
+    seed: int
+    model: str
+    """Where the base model is."""
+    directory: Path
+    """Empty, for files."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model that is ready to be trained."""
+
+    model: PeftModel
+    about: dict[str, Any]
+    """What the initializer says of itself; goes into the record."""
+
+
+Initializer = Callable[[Work], Start]
