@@ -75,7 +75,7 @@ def general_rows(path: Path, count: int) -> list[Row]:
 
 def read(path: Path, kind: Kind, trainer: str) -> list[Row]:
     """Return a file's rows as the trainer takes them."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")  # a row may hold other separators
     rows = [_row(json.loads(line), kind, trainer) for line in lines if line.strip()]
     if not rows:
         raise ValueError(f"{path.name}: no rows")
