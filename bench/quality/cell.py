@@ -65,6 +65,8 @@ def load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **arguments)
     tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+    if "gguf_file" in arguments:
+        model.is_quantized = False  # its weights are dequantized floats, which trainers refuse by the mark alone
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval().requires_grad_(False), tokenizer
