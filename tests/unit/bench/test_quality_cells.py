@@ -112,3 +112,21 @@ def test_what_is_there_is_not_run_again(plan, places, tmp_path, monkeypatch, cap
 
     assert [phase for phase, _ in ran] == ["test"]
     assert ran[0][1].initializer == "vanilla"
+
+
+def test_bfloat16_changes_a_loss_by_its_rounding_alone(places):
+    model, tokenizer = load(places.models["smoke"])
+    rows = read(places.folders["sums"] / "train.jsonl", "gsm8k", "sft")[:8]
+    exact, rounded = (
+        score_all(model, Held(rows, tokenizer, max_length=96, autocast=autocast)).chosen for autocast in (False, True)
+    )
+
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(rounded, exact, rtol=2**-8, atol=0)
+
+
+def test_a_row_may_hold_any_line_separator(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one\u2028two\x85three"}\n{"text": "four"}\n', encoding="utf-8")
+
+    assert [row["text"] for row in read(path, "text", "sft")] == ["one\u2028two\x85three", "four"]
