@@ -1,19 +1,66 @@
 """The delivered adapter on rows that took no part in it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
+from d2lora.datasets import DatasetFile, read_rows
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase, Sft
 from d2lora.settings import WorkerSettings
 from worker.batches import make_batches
-from worker.data import Example
+from worker.clock import Clock
+from worker.data import Example, encode_rows
 from worker.factors import Factors, adapted
 from worker.mismatches import score_for
 from worker.models import BaseModel
-from worker.objectives import Scores, row_losses, rows_measured
+from worker.objectives import Scores, resolve_objectives, row_losses, rows_measured
 from worker.pipeline import pad_token
+from worker.shard_files import sha256
+from worker.subject import Subject, length_limit
 from worker.units import OnProgress
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Rows that only measure the delivered adapter."""
+
+    examples: list[Example]
+    sha256: str
+
+
+def read_evaluation(base: BaseModel, spec: InitializationSpec, dataset: DatasetFile | None) -> Evaluation | None:
+    """Return a dataset's rows if there is one; raise what `worker.data.encode_rows` and `resolve_objectives` do."""
+    if dataset is None:
+        return None
+    encoded = encode_rows(read_rows(dataset), base.tokenizer, max_length=length_limit(base, spec)[0])
+    resolve_objectives(spec.objectives, encoded.examples[0].supervision)
+    return Evaluation(encoded.examples, sha256(dataset.path))
+
+
+def measure(
+    subject: Subject,
+    spec: InitializationSpec,
+    factors: Mapping[str, Factors],
+    objectives: Sequence[Objective],
+    evaluation: Evaluation | None,
+    *,
+    settings: WorkerSettings,
+    clock: Clock,
+) -> dict[str, HeldOut] | None:
+    """Return what base and adapter score on the evaluation rows, if there are any."""
+    if evaluation is None:
+        return None
+    return evaluate(
+        subject.base,
+        subject.targets,
+        spec,
+        factors,
+        objectives,
+        evaluation.examples,
+        settings=settings,
+        on_progress=clock,
+    )
 
 
 def evaluate(

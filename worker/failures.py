@@ -1,0 +1,28 @@
+"""What libraries raise when a machine gives out, as our errors."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+from d2lora.errors import DeviceFailure, OutOfMemory, ScratchFull
+from worker.devices import is_device_failure
+from worker.statistics import is_out_of_memory
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Turn exhausted memory and disks, and broken accelerators, into our errors, whichever library noticed."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or "os error 28" in str(error):
+            raise ScratchFull("no room left for statistics or adapter; free space and run again") from error
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory("memory is used up; lower max_tokens_per_batch or r, or use a larger machine") from error
+        if is_device_failure(error):
+            raise DeviceFailure("the accelerator failed; another process has to try again") from error
+        raise

@@ -1,0 +1,66 @@
+"""The base model of an initialization, with the layers that its adapter is for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from torch import nn
+
+from d2lora.errors import ChecksumMismatch
+from d2lora.initializations import InitializationSpec, Phase
+from d2lora.settings import WorkerSettings
+from worker.model_cache import Loader
+from worker.models import BaseModel
+from worker.shard_files import BasePin
+from worker.sharding import pin
+from worker.targets import lora_config, resolve_targets
+from worker.units import OnProgress
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The base model and where its adapter goes."""
+
+    base: BaseModel
+    config: LoraConfig
+    targets: Mapping[str, nn.Module]
+
+
+def load_subject(
+    spec: InitializationSpec,
+    settings: WorkerSettings,
+    load: Loader,
+    on_progress: OnProgress,
+    pinned: BasePin | None = None,
+) -> Subject:
+    """Return the base model, if pinned with the weights and in the type that the job's first worker had."""
+    on_progress(Phase.LOADING, 0, 1)
+
+    def loaded(revision: str | None, dtype: str) -> BaseModel:
+        return load(
+            spec.base_model,
+            revision=revision,
+            dtype=dtype,
+            device=settings.device,
+            quantization=spec.quantization,
+        )
+
+    base = loaded(spec.revision, spec.dtype)
+    if pinned is not None and pin(base) != pinned:
+        # A branch has moved on since, or this machine would choose another type.
+        del base
+        base = loaded(pinned.revision or spec.revision, pinned.dtype)
+        if pin(base) != pinned:
+            raise ChecksumMismatch("base_model: its weights are not those that the job was begun with")
+    config = lora_config(base.model, spec.lora, base_model=spec.base_model, revision=spec.revision)
+    targets = resolve_targets(base.model, config)
+    on_progress(Phase.LOADING, 1, 1)
+    return Subject(base, config, targets)
+
+
+def length_limit(base: BaseModel, spec: InitializationSpec) -> tuple[int, list[str]]:
+    """Return the longest sequence that both the request and the model allow, and what to say about it."""
+    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or limit >= spec.max_length:
+        return spec.max_length, []
+    return limit, [f"max_length {spec.max_length} is above the model's context; {limit} was used"]
