@@ -13,12 +13,13 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, assert_never
 
 from transformers import PreTrainedTokenizerBase
 
 from d2lora.errors import RequestInvalid, RowsTooLong
+from d2lora.initializations import Objective, Sft
 from d2lora.rows import (
     Message,
     MessagesRow,
@@ -102,6 +103,18 @@ def encode_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, max_
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise RowsTooLong(f"no {what} of {read} is left at max_length {max_length} ({reasons}); raise max_length")
     return Encoded(examples, read, truncated, dict(dropped))
+
+
+def needed(examples: Sequence[Example], objectives: Sequence[Objective]) -> Sequence[Example]:
+    """Return the examples without the sequences that no objective looks at: SFT alone needs no rejected ones.
+
+    Digests are those of what is left, so that rows which now are equal count as one.
+    """
+    if not all(isinstance(objective, Sft) for objective in objectives):
+        return examples
+    return [
+        replace(one, digest=_digest([one.chosen], None), rejected=None) if one.rejected else one for one in examples
+    ]
 
 
 def _sequences(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> list[TokenSequence]:

@@ -10,7 +10,7 @@ from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase
 from d2lora.settings import WorkerSettings
 from worker.batches import make_batches
 from worker.clock import Clock
-from worker.data import Example, encode_rows
+from worker.data import Example, encode_rows, needed
 from worker.factors import Factors, adapted
 from worker.mismatches import score_for
 from worker.models import BaseModel
@@ -75,14 +75,14 @@ def evaluate(
     on_progress: OnProgress,
 ) -> dict[str, HeldOut]:
     """Return the objectives, and ``nll``, of base and delivered adapter on rows that took no part in it."""
+    allowed = examples[0].supervision.objectives
+    objectives = [one for one in objectives if one.type in allowed]
     batches = make_batches(
-        examples,
+        needed(examples, objectives),
         [0] * len(examples),
         max_tokens=spec.max_tokens_per_batch or settings.tokens_per_batch(base.device.type),
         pad_token_id=pad_token(base),
     )
-    allowed = examples[0].supervision.objectives
-    objectives = [one for one in objectives if one.type in allowed]
     on_progress(Phase.EVALUATION, 0, 2 * len(batches))
     before, after = [], []
     for done, batch in enumerate(batches, start=1):

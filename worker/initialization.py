@@ -17,7 +17,7 @@ from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
 from worker import models
 from worker.adapters import write_adapter
 from worker.clock import Clock
-from worker.data import encode_rows
+from worker.data import encode_rows, needed
 from worker.evaluation import Evaluation, measure, read_evaluation
 from worker.evidence import Intake, intake, make_report
 from worker.failures import translated_errors
@@ -59,14 +59,14 @@ def initialize(
     max_length, warnings = length_limit(base, spec)
     encoded = encode_rows(read_rows(dataset), base.tokenizer, max_length=max_length)
     # All that can be refused is refused before the pass.
-    resolve_objectives(spec.objectives, encoded.examples[0].supervision)
+    objectives = resolve_objectives(spec.objectives, encoded.examples[0].supervision)
     evaluation = read_evaluation(base, spec, eval_dataset)
     rows = intake(encoded, sha256=sha256(dataset.path), warnings=warnings)
     clock(Phase.READING, 1, 1)
 
     if not isinstance(spec.method, str):
         return initialize_by_peft(subject, spec, encoded, rows, evaluation, out=out, settings=settings, clock=clock)
-    if may_split and count_tokens(encoded.examples) > settings.shard_tokens:
+    if may_split and count_tokens(needed(encoded.examples, objectives)) > settings.shard_tokens:
         return split(
             base,
             spec,

@@ -21,7 +21,7 @@ from d2lora.settings import WorkerSettings
 from worker.batches import Batch, assign_folds, distinct_rows, make_batches
 from worker.calibration import Calibration, Evaluator, Held, alone, calibrate, calibration_batches, held_out
 from worker.combining import Mixture, combine, objective_gramian
-from worker.data import Example
+from worker.data import Example, needed
 from worker.factors import Direction, Factors, Products, calibrated_step, factorize, inner_products
 from worker.models import BaseModel, layer_sizes
 from worker.objectives import (
@@ -130,6 +130,7 @@ def deal_batches(
     base: BaseModel, spec: InitializationSpec, examples: Sequence[Example], *, settings: WorkerSettings
 ) -> list[Batch]:
     """Return the batches of all rows, fold after fold; every fold has some."""
+    examples = needed(examples, resolve_objectives(spec.objectives, examples[0].supervision))
     folds = min(FOLDS, distinct_rows(examples))
     return make_batches(
         examples,

@@ -11,7 +11,7 @@ from tests.support.models import as_base, tiny_llama
 from tests.support.reference import ReferenceRow, sft_loss, weight_gradients
 from tests.unit.worker.conftest import all_dpo_losses, as_examples, labeled_rows, reference_rows
 from worker.factors import calibrated_step
-from worker.pipeline import build_adapter
+from worker.pipeline import build_adapter, deal_batches
 from worker.targets import lora_config, resolve_targets
 
 SCALING = LoraSpec(r=4).scaling
@@ -207,6 +207,31 @@ def labels_of(rows):
     """Every pair as a desirable and an undesirable row."""
     both = [(row, row.chosen, True) for row in rows] + [(row, row.rejected, False) for row in rows]
     return [ReferenceRow(row.prompt, completion, desirable=label) for row, completion, label in both]
+
+
+def test_sft_alone_on_preferences_runs_no_rejected_sequence_and_gives_the_adapter_of_the_chosen_ones(tmp_path):
+    model, rows = tiny_llama(), learnable_rows(12, paired=True)
+    chosen = [dataclasses.replace(row, rejected=None) for row in rows]
+
+    pairs = build(rows, tmp_path / "pairs", model=model, objectives=[Sft()], start="zero")
+    alone = build(chosen, tmp_path / "alone", model=model, objectives=[Sft()], start="zero")
+
+    dealt = deal_batches(as_base(model), spec_for(objectives=[Sft()]), as_examples(rows), settings=WorkerSettings())
+    assert sum(len(batch.input_ids) for batch in dealt) == len(rows)
+    assert not any(batch.paired for batch in dealt)
+    for name, update in updates(pairs, eta=1.0).items():
+        torch.testing.assert_close(update, updates(alone, eta=1.0)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_rows_that_differ_only_in_what_sft_does_not_see_share_a_fold():
+    rows = [dataclasses.replace(row, prompt=[5], chosen=[6, 7]) for row in reference_rows(4, paired=True)]
+    others = reference_rows(4, paired=True, seed=1)
+
+    dealt = deal_batches(
+        as_base(tiny_llama()), spec_for(objectives=[Sft()]), as_examples(rows + others), settings=WorkerSettings()
+    )
+
+    assert len({batch.fold for batch in dealt if {0, 1, 2, 3} & set(batch.rows)}) == 1
 
 
 def test_labeled_rows_get_a_start_that_lowers_kto_and_the_likelihood_loss_of_desirable_rows(tmp_path):
