@@ -147,6 +147,15 @@ class Fixed(Frozen):
 Combination = Annotated[Mgda | UpGrad | ImtlG | Mean | Fixed, Field(discriminator="type")]
 
 
+class Whitening(Frozen):
+    """Gradients are multiplied by ``(C + damping tr(C)/I)^(-power)``, C the second moment of the layer's I inputs."""
+
+    damping: float = Field(
+        default=0.1, gt=0, allow_inf_nan=False, description="in units of the mean eigenvalue of the second moment"
+    )
+    power: float = Field(default=0.5, gt=0, le=1, description="0.5 whitens the gradient, 1 its natural-gradient step")
+
+
 class LoraSpec(Frozen):
     """The adapter's shape, under PEFT's names."""
 

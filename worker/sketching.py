@@ -39,11 +39,18 @@ class LowRank:
     """Squared Frobenius norm of the matrix that was factorized; an unbiased estimate from a sketch."""
     missed: float
     """Estimated squared Frobenius norm of what the sketch could not represent, before the cut; 0 when exact."""
+    slope: float | None = None
+    """Inner product with the gradient that is descended; None if that is ``kept``, as for a part of the gradient."""
 
     @property
     def kept(self) -> float:
         """Squared Frobenius norm of this factorization."""
         return self.values.double().square().sum().item()
+
+    @property
+    def descent(self) -> float:
+        """How fast the loss falls along this direction, at first."""
+        return self.kept if self.slope is None else self.slope
 
     def cut(self, rank: int) -> "LowRank":
         """Return the best approximation of the given rank."""
@@ -137,6 +144,10 @@ class TestMatrices:
         """Return the test matrix of the range sketch."""
         return self._kept("omega", shape.shorter, shape.width)
 
+    def moment(self, in_features: int, width: int) -> Float[Tensor, "I N"]:
+        """Return the test matrix of an input's second moment."""
+        return self._kept("moment", in_features, width)
+
     def psi(self, shape: Shape) -> FoldedMatrix:
         """Return the test matrix of the co-range sketch."""
         length, rows = shape.longer, shape.corange_width
@@ -150,7 +161,7 @@ class TestMatrices:
     def _kept(self, role: str, rows: int, columns: int) -> Tensor:
         key = (role, rows, columns)
         if key not in self._cache:
-            generator = torch.Generator().manual_seed(self.seed * 3 + ("omega", "mix", "signs").index(role))
+            generator = torch.Generator().manual_seed(self.seed * 3 + ("omega", "mix", "signs", "moment").index(role))
             make = _signs if role == "signs" else _orthonormal
             self._cache[key] = make(rows, columns, generator).to(self.device)
         return self._cache[key]
@@ -391,9 +402,16 @@ def _oriented(
     missed: float,
     shape: Shape,
 ) -> LowRank:
-    """Undo the transposition, and fix the sign that a singular vector pair leaves open: largest entry of right > 0."""
+    """Undo the transposition, and fix the signs."""
     if shape.transposed:
         left, right = right.T, left.T
+    return LowRank(*signed(left, values, right), energy, missed)
+
+
+def signed(
+    left: Float[Tensor, "O N"], values: Float[Tensor, " N"], right: Float[Tensor, "N I"]
+) -> tuple[Float[Tensor, "O N"], Float[Tensor, " N"], Float[Tensor, "N I"]]:
+    """Fix the sign that a singular vector pair leaves open: largest entry of right > 0."""
     largest = right.gather(1, right.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0)
-    return LowRank(left * signs.T, values, right * signs, energy, missed)
+    return left * signs.T, values, right * signs

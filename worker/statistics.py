@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from d2lora.errors import NumericalFailure, OutOfMemory
@@ -61,6 +61,8 @@ class _Recorder:
     layers: Mapping[str, Sums]
     skip: frozenset[_Added]
     paired: bool
+    present: Int[Tensor, "S T"] | None = None
+    """0 at padding, where layers then get inputs of 0; None where that makes no difference to them."""
     weights: Float[Tensor, "K S"] | None = None
     only: Basis | None = None
     done: set[_Added] = field(default_factory=set)
@@ -72,6 +74,8 @@ class _Recorder:
         # One number tells: a sum over a NaN or an infinity is not finite either.
         if not math.isfinite(output_grads.sum().item()) and not bool(torch.isfinite(output_grads).all()):
             raise NumericalFailure(f"the gradient at the output of layer {name!r} is not finite; try dtype float32")
+        if self.present is not None:
+            inputs = inputs * self.present.to(inputs)[..., None]
         self.layers[name].add(inputs, output_grads, self.weights.to(inputs.device), paired=self.paired)
         self.done.add((self.only, name))
 
@@ -154,8 +158,9 @@ def gather(
     bases: Sequence[Basis],
     *,
     on_batch: Callable[[Batch, Scores], None],
+    mask_inputs: bool = False,
 ) -> Counts:
-    """Add the batches to ``layers`` and return what normalizes them.
+    """Add the batches to ``layers`` and return what normalizes them; on request with inputs of 0 at padding.
 
     ``on_batch`` is told of every batch when all of it has been added, with its rows' scores under the base model.
 
@@ -165,7 +170,7 @@ def gather(
     """
     counts = Counts()
     for batch in batches:
-        for part, scores in _add_batch(base, targets, layers, batch, bases, skip=frozenset()):
+        for part, scores in _add_batch(base, targets, layers, batch, bases, skip=frozenset(), mask_inputs=mask_inputs):
             counts += count(scores)
             on_batch(part, scores)
     return counts
@@ -179,13 +184,14 @@ def _add_batch(
     bases: Sequence[Basis],
     *,
     skip: frozenset[_Added],
+    mask_inputs: bool,
 ) -> Iterator[tuple[Batch, Scores]]:
     """Add one batch, in halves if memory runs out, and yield what was added.
 
     Layers that an attempt had finished before it ran out of memory hold all rows of the batch already; since sums
     over the halves are sums over the batch, the halves skip exactly those.
     """
-    recorder = _Recorder(layers, skip, batch.paired)
+    recorder = _Recorder(layers, skip, batch.paired, batch.attention_mask if mask_inputs else None)
     try:
         scores = _forward_and_backward(base, targets, recorder, batch.to(base.device), bases)
     except (MemoryError, RuntimeError) as error:
@@ -201,7 +207,7 @@ def _add_batch(
     if base.device.type == "cuda":
         torch.cuda.empty_cache()
     for half in batch.halves():
-        yield from _add_batch(base, targets, layers, half, bases, skip=skip | recorder.done)
+        yield from _add_batch(base, targets, layers, half, bases, skip=skip | recorder.done, mask_inputs=mask_inputs)
 
 
 def _forward_and_backward(
