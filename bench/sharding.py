@@ -53,7 +53,7 @@ def main() -> None:
         whole = seconds(lambda: gather_statistics(base, targets, spec, batches, bases, directory=directory, **common))
         used = len(examples)
         nothing: dict[str, Any] = {"truncated": 0, "dropped": {}, "mean_tokens": {}, "warnings": []}
-        rows = Intake(sha256="", read=used, used=used, supervision=Supervision.PREFERENCE, **nothing)
+        rows = Intake(sha256="", extras={}, read=used, used=used, supervision=Supervision.PREFERENCE, **nothing)
         cut = split(base, spec, examples, rows, directory=directory, seconds=dict, **common)
         shards, files = [], []
         for number, (_, path) in enumerate(cut.shards):

@@ -4,6 +4,7 @@ Every write of a worker names the attempt of its claim and counts only while tha
 that was given up on changes nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -15,6 +16,7 @@ from sqlalchemy.orm import Session
 from d2lora.datasets import Dataset
 from d2lora.errors import NotFound
 from d2lora.initializations import Frozen, InitializationSpec
+from d2lora.roles import Role, extra_dataset_ids
 from d2lora.shards import ShardTask
 from d2lora.tables import DatasetRow, InitializationRow, ShardRow
 
@@ -89,7 +91,8 @@ class Claim:
     attempt: int
     spec: InitializationSpec
     dataset: StoredDataset
-    eval_dataset: StoredDataset | None
+    extras: Mapping[Role, StoredDataset]
+    """What else the request names."""
     plan: Plan | None = None
     """Set when what is left is the build, from ``shards``."""
     shards: tuple[DoneShard, ...] = ()
@@ -122,7 +125,6 @@ def stored_dataset(session: Session, tenant: str, dataset_id: str) -> StoredData
 def claim_of(session: Session, row: InitializationRow) -> Claim:
     """Return what the worker that holds a job needs."""
     spec = InitializationSpec.model_validate(row.spec)
-    evaluation = stored_dataset(session, row.tenant, spec.eval_dataset_id) if spec.eval_dataset_id else None
     done: list[DoneShard] = []
     if row.stage == Stage.BUILD:
         parts = select(ShardRow).where(ShardRow.initialization_id == row.id, ShardRow.kind == "statistics")
@@ -136,7 +138,10 @@ def claim_of(session: Session, row: InitializationRow) -> Claim:
         attempt=row.attempt,
         spec=spec,
         dataset=stored_dataset(session, row.tenant, spec.dataset_id),
-        eval_dataset=evaluation,
+        extras={
+            role: stored_dataset(session, row.tenant, dataset_id)
+            for role, dataset_id in extra_dataset_ids(spec).items()
+        },
         plan=None if row.plan is None else Plan.model_validate(row.plan),
         shards=tuple(done),
     )

@@ -21,6 +21,7 @@ from d2lora.display import print_job, print_summary, progress_bar
 from d2lora.errors import D2LoraError, Problem, ServiceUnreachable, from_problem
 from d2lora.initializations import Progress, Result, State
 from d2lora.options import build_spec, with_spec_options
+from d2lora.roles import FOR_THE_OBJECTIVES, Role
 from d2lora.supervisor import Child, api_key_file, free_port, running, supervise, wait_until_ready
 
 app = typer.Typer(
@@ -113,33 +114,27 @@ def validate(data: Path, column: Columns = None, format: FileFormat = None, as_j
     print(f"{data}: {summary.rows} rows of {summary.row_schema}; objectives: {', '.join(summary.objectives)}")
 
 
-EvalFile = Annotated[Path | None, typer.Option("--eval", help="rows that only measure the delivered adapter")]
-
-
 @app.command()
 @with_spec_options
 def init(
     model: Annotated[str, typer.Argument(help="hub ID, directory, or .gguf file")],
     data: Path,
     options: dict[str, Any],
+    extras: dict[Role, Path],
     out: Annotated[Path, typer.Option(help="directory for the adapter; must not exist, or be empty")],
-    eval_file: EvalFile = None,
     column: Columns = None,
     format: FileFormat = None,
     as_json: AsJson = False,
 ) -> None:
     """Build one adapter on this machine, without a service."""
     _need_rooms("worker")
-    file = _dataset_file(data, column, format)
+    files = _extra_files(extras, column)
     request = {
-        "spec": build_spec(model, "local", options).model_dump(mode="json"),
-        "dataset": {"path": str(file.path), "format": file.format, "columns": dict(file.columns)},
-        "eval_dataset": None,
+        "spec": build_spec(model, "local", options, dict.fromkeys(files, "local")).model_dump(mode="json"),
+        "dataset": _described(_dataset_file(data, column, format)),
+        "extras": {role: _described(file) for role, file in files.items()},
         "out": str(out),
     }
-    if eval_file is not None:
-        other = _dataset_file(eval_file, column, None)
-        request["eval_dataset"] = {"path": str(other.path), "format": other.format, "columns": dict(other.columns)}
     result = _run_init(request)
     if as_json:
         print_json(result.model_dump_json())
@@ -181,26 +176,27 @@ def submit(
     model: Annotated[str, typer.Argument(help="hub ID, directory, or .gguf file, as the service sees it")],
     data: Path,
     options: dict[str, Any],
+    extras: dict[Role, Path],
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     wait_: Annotated[bool, typer.Option("--wait", help="until it has ended")] = False,
     out: Annotated[Path | None, typer.Option(help="with --wait: pull the adapter into this directory")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="the same key submits once")] = None,
-    eval_file: EvalFile = None,
     column: Columns = None,
     format: FileFormat = None,
     as_json: AsJson = False,
 ) -> None:
     """Upload a dataset and ask the service for an adapter."""
     file = _dataset_file(data, column, format)
-    build_spec(model, "unknown", options)  # before anything is uploaded
-    more = {}
+    files = _extra_files(extras, column)
+    build_spec(model, "unknown", options, dict.fromkeys(files, "unknown"))  # before anything is uploaded
     with _client(url, api_key) as client:
         dataset = client.upload_dataset(file.path, format=file.format, columns=file.columns)
-        if eval_file is not None:
-            other = _dataset_file(eval_file, column, None)
-            more["eval_dataset_id"] = client.upload_dataset(other.path, format=other.format, columns=other.columns).id
-        job = client.submit(build_spec(model, dataset.id, options, **more), idempotency_key=idempotency_key)
+        uploaded = {
+            role: client.upload_dataset(other.path, format=other.format, columns=other.columns).id
+            for role, other in files.items()
+        }
+        job = client.submit(build_spec(model, dataset.id, options, uploaded), idempotency_key=idempotency_key)
         if not wait_:
             print(job.model_dump_json() if as_json else job.id)
             return
@@ -280,6 +276,18 @@ def _client(url: str, api_key: str | None) -> Client:
     if not key:
         _stop(f"no API key: give --api-key, set D2LORA_API_KEY, or run where {DATA_DIR}/api_key is", 2)
     return Client(url, api_key=key)
+
+
+def _extra_files(extras: dict[Role, Path], columns: list[str] | None) -> dict[Role, DatasetFile]:
+    # Rows for the evaluation look like those of the dataset; others have columns of their own.
+    return {
+        role: _dataset_file(path, columns if role in FOR_THE_OBJECTIVES else None, None)
+        for role, path in extras.items()
+    }
+
+
+def _described(file: DatasetFile) -> dict[str, Any]:
+    return {"path": str(file.path), "format": file.format, "columns": dict(file.columns)}
 
 
 def _dataset_file(path: Path, columns: list[str] | None, format_: Format | None) -> DatasetFile:

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from d2lora.initializations import InitializationSpec
+from d2lora.roles import Role, with_dataset_ids
 
 _LORA = ("r", "lora_alpha", "target_modules", "use_rslora")
 _OPTIONS: dict[str, Any] = {
@@ -41,19 +42,29 @@ _OPTIONS: dict[str, Any] = {
     "spec": Annotated[Path | None, typer.Option(help="a JSON file with the request; the options above win over it")],
 }
 
+_EXTRAS: dict[Role, Any] = {
+    Role.EVALUATION: Annotated[
+        Path | None, typer.Option("--eval", help="a file of rows that only measure the delivered adapter")
+    ],
+}
+"""The files of rows that the command line takes besides the dataset."""
+
 
 def with_spec_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per field of a request; it receives them as one mapping named ``options``."""
-    own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "options"]
+    """Give a command one option per field of a request; it receives mappings named ``options`` and ``extras``."""
+    given = inspect.signature(command).parameters.items()
+    own = [parameter for name, parameter in given if name not in {"options", "extras"}]
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        for name, annotation in _OPTIONS.items()
+        for name, annotation in (_OPTIONS | {str(role): option for role, option in _EXTRAS.items()}).items()
     ]
 
     @functools.wraps(command)
     def wrapper(**arguments: Any) -> None:
         options = {name: arguments.pop(name) for name in _OPTIONS}
-        command(**arguments, options=options)
+        files = {role: arguments.pop(role) for role in _EXTRAS}
+        extras = {role: path for role, path in files.items() if path is not None}
+        command(**arguments, options=options, extras=extras)
 
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + added
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
@@ -61,8 +72,10 @@ def with_spec_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def build_spec(base_model: str, dataset_id: str, options: dict[str, Any], **more: Any) -> InitializationSpec:
-    """Return the request that the options describe.
+def build_spec(
+    base_model: str, dataset_id: str, options: dict[str, Any], extras: Mapping[Role, str] = {}
+) -> InitializationSpec:
+    """Return the request that the options describe; ``extras`` are the IDs of other datasets.
 
     Raises:
         typer.BadParameter: naming each field at fault.
@@ -85,9 +98,8 @@ def build_spec(base_model: str, dataset_id: str, options: dict[str, Any], **more
     if given.get("method", "gradient") != "gradient":
         given["method"] = _typed(given["method"], "--method")
     try:
-        return InitializationSpec.model_validate(
-            {**values, **given, **more, "base_model": base_model, "dataset_id": dataset_id}
-        )
+        named = with_dataset_ids({**values, **given}, extras)
+        return InitializationSpec.model_validate({**named, "base_model": base_model, "dataset_id": dataset_id})
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise typer.BadParameter("; ".join(faults)) from error

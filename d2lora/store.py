@@ -21,6 +21,7 @@ from d2lora.initializations import Frozen, Initialization, InitializationSpec, P
 from d2lora.leases import Leases
 from d2lora.outbox import Outbox
 from d2lora.paging import page
+from d2lora.roles import extra_dataset_ids
 from d2lora.settings import DatabaseSettings
 from d2lora.tables import DatasetRow, EventRow, IdempotencyRow, InitializationRow, ShardRow
 from d2lora.transitions import add_event, lock, move, wake
@@ -116,7 +117,7 @@ class Store:
                     if used.digest != digest:
                         raise IdempotencyMismatch("Idempotency-Key: it was used with another request; make a new one")
                     return _resource(session, _get(session, tenant, used.initialization_id)), False
-            for dataset_id in filter(None, (spec.dataset_id, spec.eval_dataset_id)):
+            for dataset_id in (spec.dataset_id, *extra_dataset_ids(spec).values()):
                 stored_dataset(session, tenant, dataset_id)
             moment = now(session)
             row = InitializationRow(

@@ -23,6 +23,7 @@ from d2lora.errors import (
 )
 from d2lora.initializations import Adapter, AdapterFile, Frozen, Initialization, InitializationSpec, State
 from d2lora.models import parameters_of, queue_of
+from d2lora.roles import FIELDS, FOR_THE_OBJECTIVES, extra_dataset_ids
 from d2lora.store import Event, Store
 from d2lora.supervision import rows_needed
 from service.auth import Tenant
@@ -202,16 +203,20 @@ async def stream_events(
 
 def _check_datasets(spec: InitializationSpec, tenant: str, store: Store) -> None:
     """Raise, naming the field, unless the datasets exist and allow the objectives."""
-    for field in ("dataset_id", "eval_dataset_id"):
-        dataset_id = getattr(spec, field)
-        if dataset_id is None:
-            continue
-        try:
-            dataset = store.dataset(tenant, dataset_id).dataset
-        except NotFound as error:
-            detail = f"{field}: there is no dataset {dataset_id!r}"
-            raise RequestInvalid(detail, errors=[ProblemItem(detail=detail, pointer=f"#/{field}")]) from error
-        _check_objectives(spec, dataset, field)
+    _check_objectives(spec, _dataset(spec.dataset_id, "dataset_id", tenant, store), "dataset_id")
+    for role, dataset_id in extra_dataset_ids(spec).items():
+        dataset = _dataset(dataset_id, FIELDS[role], tenant, store)
+        if role in FOR_THE_OBJECTIVES:
+            _check_objectives(spec, dataset, FIELDS[role])
+
+
+def _dataset(dataset_id: str, field: str, tenant: str, store: Store) -> Dataset:
+    try:
+        return store.dataset(tenant, dataset_id).dataset
+    except NotFound as error:
+        detail = f"{field}: there is no dataset {dataset_id!r}"
+        pointer = f"#/{field.replace('.', '/')}"
+        raise RequestInvalid(detail, errors=[ProblemItem(detail=detail, pointer=pointer)]) from error
 
 
 def _check_objectives(spec: InitializationSpec, dataset: Dataset, field: str) -> None:

@@ -1,7 +1,8 @@
 """``python -m worker run``: work on jobs until told to stop; ``alive``: whether it does; ``init``: one adapter alone.
 
-``init`` reads one JSON object from standard input (spec, dataset, eval_dataset, out) and writes JSON lines to standard
-output: ``{"progress": ...}`` while it works, then ``{"result": ...}`` or ``{"problem": ...}``; it exits with 0 or 1.
+``init`` reads one JSON object from standard input (spec, dataset, extras by role, out) and writes JSON lines to
+standard output: ``{"progress": ...}`` while it works, then ``{"result": ...}`` or ``{"problem": ...}``; it exits with
+0 or 1.
 """
 
 import json
@@ -21,6 +22,7 @@ from d2lora.database import migrate
 from d2lora.datasets import DatasetFile, Format
 from d2lora.errors import D2LoraError, InternalError, RequestInvalid, StoreUnavailable
 from d2lora.initializations import InitializationSpec, Phase, Progress, Result
+from d2lora.roles import Role
 from d2lora.settings import BrokerSettings, DatabaseSettings, WorkerSettings
 from worker.heartbeat import heartbeat_file, is_fresh
 from worker.process import RealWork, open_runner
@@ -121,9 +123,9 @@ def _init(request: dict[str, Any]) -> Result:
     workplace = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
         work = RealWork(WorkerSettings(), may_split=False)
-        evaluation = request.get("eval_dataset")
-        dataset = _file(request["dataset"])
-        result = work.initialize(spec, dataset, _file(evaluation) if evaluation else None, workplace, _say_progress)
+        dataset = _file("dataset", request["dataset"])
+        extras = {Role(role): _file(role, file) for role, file in request["extras"].items()}
+        result = work.initialize(spec, dataset, extras, workplace, _say_progress)
         assert isinstance(result, Result)
         workplace.chmod(0o755)  # mkdtemp's is for the owner alone
         if out.exists():
@@ -135,10 +137,10 @@ def _init(request: dict[str, Any]) -> Result:
     return result
 
 
-def _file(value: dict[str, Any]) -> DatasetFile:
+def _file(name: str, value: dict[str, Any]) -> DatasetFile:
     path = Path(value["path"])
     if not path.is_file():
-        raise RequestInvalid(f"dataset: there is no file {str(path)!r}")
+        raise RequestInvalid(f"{name}: there is no file {str(path)!r}")
     return DatasetFile(path, Format(value["format"]), value.get("columns") or {})
 
 

@@ -1,7 +1,6 @@
 """The delivered adapter on rows that took no part in it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -16,26 +15,17 @@ from worker.mismatches import score_for
 from worker.models import BaseModel
 from worker.objectives import Scores, resolve_objectives, row_losses, rows_measured
 from worker.pipeline import pad_token
-from worker.shard_files import sha256
 from worker.subject import Subject, length_limit
 from worker.units import OnProgress
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Rows that only measure the delivered adapter."""
-
-    examples: list[Example]
-    sha256: str
-
-
-def read_evaluation(base: BaseModel, spec: InitializationSpec, dataset: DatasetFile | None) -> Evaluation | None:
+def read_evaluation(base: BaseModel, spec: InitializationSpec, dataset: DatasetFile | None) -> list[Example] | None:
     """Return a dataset's rows if there is one; raise what `worker.data.encode_rows` and `resolve_objectives` do."""
     if dataset is None:
         return None
     encoded = encode_rows(read_rows(dataset), base.tokenizer, max_length=length_limit(base, spec)[0])
     resolve_objectives(spec.objectives, encoded.examples[0].supervision)
-    return Evaluation(encoded.examples, sha256(dataset.path))
+    return encoded.examples
 
 
 def measure(
@@ -43,7 +33,7 @@ def measure(
     spec: InitializationSpec,
     factors: Mapping[str, Factors],
     objectives: Sequence[Objective],
-    evaluation: Evaluation | None,
+    evaluation: Sequence[Example] | None,
     *,
     settings: WorkerSettings,
     clock: Clock,
@@ -57,7 +47,7 @@ def measure(
         spec,
         factors,
         objectives,
-        evaluation.examples,
+        evaluation,
         settings=settings,
         on_progress=clock,
     )

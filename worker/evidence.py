@@ -13,6 +13,7 @@ from statistics import fmean
 from torch import nn
 
 from d2lora.initializations import Frozen, HeldOut, InitializationSpec, ResultSummary
+from d2lora.roles import MEASURING, Role, without_dataset_ids
 from d2lora.supervision import Supervision
 from worker.data import Encoded, Example
 from worker.models import BaseModel, weight_norm
@@ -35,6 +36,8 @@ class Intake(Frozen):
 
     sha256: str
     """Of the dataset's file."""
+    extras: dict[Role, str]
+    """sha256 of the files of all other datasets."""
     read: int
     used: int
     truncated: int
@@ -45,10 +48,11 @@ class Intake(Frozen):
     warnings: list[str]
 
 
-def intake(encoded: Encoded, *, sha256: str, warnings: list[str]) -> Intake:
+def intake(encoded: Encoded, *, sha256: str, extras: dict[Role, str], warnings: list[str]) -> Intake:
     """Return the summary of encoded rows."""
     return Intake(
         sha256=sha256,
+        extras=extras,
         read=encoded.rows_read,
         used=len(encoded.examples),
         truncated=encoded.truncated,
@@ -67,7 +71,6 @@ def make_report(
     built: BuiltAdapter,
     evaluation: dict[str, HeldOut] | None,
     *,
-    eval_dataset_sha256: str | None,
     shards: int,
     seconds: dict[str, float],
 ) -> Report:
@@ -86,9 +89,7 @@ def make_report(
         rows_used=rows.used,
         rows_truncated=rows.truncated,
         rows_dropped=sum(rows.dropped.values()),
-        fingerprint=fingerprint(
-            spec, base_identity=base.identity, dataset_sha256=rows.sha256, dtype=str(base.model.dtype)
-        ),
+        fingerprint=fingerprint(spec, rows, base_identity=base.identity, dtype=str(base.model.dtype)),
         warnings=rows.warnings,
     )
     return Report(
@@ -97,7 +98,7 @@ def make_report(
         base_identity=base.identity,
         base_license=base.license,
         dataset_sha256=rows.sha256,
-        eval_dataset_sha256=eval_dataset_sha256,
+        extra_dataset_sha256=rows.extras,
         spec=spec,
         rows={"read": rows.read, "used": rows.used, "truncated": rows.truncated, **rows.dropped},
         mean_tokens=rows.mean_tokens,
@@ -164,13 +165,14 @@ def _mean_tokens(examples: Sequence[Example]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in means.items()}
 
 
-def fingerprint(spec: InitializationSpec, *, base_identity: str, dataset_sha256: str, dtype: str) -> str:
+def fingerprint(spec: InitializationSpec, rows: Intake, *, base_identity: str, dtype: str) -> str:
     """Return the sha256 over all that decides the adapter; equal requests have equal fingerprints."""
-    decisive = spec.model_dump(exclude={"base_model", "revision", "dataset_id", "eval_dataset_id", "metadata"})
+    decisive = without_dataset_ids(spec.model_dump(exclude={"base_model", "revision", "metadata"}))
     content = {
         "spec": decisive,
         "base": base_identity,
-        "dataset": dataset_sha256,
+        "dataset": rows.sha256,
+        "extras": {role: digest for role, digest in rows.extras.items() if role not in MEASURING},
         "dtype": dtype,
         "versions": versions(),
     }

@@ -4,11 +4,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
 
 from d2lora.claims import Claim, Plan, ShardClaim, StoredDataset, StoredFile
 from d2lora.datasets import DatasetFile
 from d2lora.errors import ChecksumMismatch, NotFound, ShardGone
+from d2lora.roles import Role
 from d2lora.shards import StatisticsTask
 from d2lora.storage import ObjectStorage, shards_prefix
 from worker.units import ROWS, Split
@@ -21,17 +21,15 @@ class Files:
     storage: ObjectStorage
     directory: Path
 
-    @overload
-    def dataset(self, stored: StoredDataset) -> DatasetFile: ...
-    @overload
-    def dataset(self, stored: None) -> None: ...
-    def dataset(self, stored: StoredDataset | None) -> DatasetFile | None:
+    def dataset(self, stored: StoredDataset) -> DatasetFile:
         """Return a dataset's bytes as a file."""
-        if stored is None:
-            return None
         path = self._below("inputs") / stored.dataset.id
         self._fetch(stored.key, path, stored.dataset.sha256)
         return DatasetFile(path, stored.dataset.format, stored.dataset.columns)
+
+    def extras(self, claim: Claim) -> dict[Role, DatasetFile]:
+        """Return the bytes of the job's further datasets as files."""
+        return {role: self.dataset(stored) for role, stored in claim.extras.items()}
 
     def get(self, file: StoredFile, below: str = "") -> Path:
         """Fetch a file of a job in shards under its name.

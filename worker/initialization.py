@@ -5,20 +5,21 @@ the adapter from what they left.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import assert_never
 
 from d2lora.datasets import DatasetFile, read_rows
 from d2lora.initializations import InitializationSpec, Phase, Result
+from d2lora.roles import Role
 from d2lora.settings import WorkerSettings
 from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
 from worker import models
 from worker.adapters import write_adapter
 from worker.clock import Clock
-from worker.data import encode_rows, needed
-from worker.evaluation import Evaluation, measure, read_evaluation
+from worker.data import Example, encode_rows, needed
+from worker.evaluation import measure, read_evaluation
 from worker.evidence import Intake, intake, make_report
 from worker.failures import translated_errors
 from worker.model_cache import Loader
@@ -36,7 +37,7 @@ from worker.units import ROWS, OnProgress, ShardFiles, ShardOutput, Share, Split
 def initialize(
     spec: InitializationSpec,
     dataset: DatasetFile,
-    eval_dataset: DatasetFile | None,
+    extras: Mapping[Role, DatasetFile],
     *,
     out: Path,
     settings: WorkerSettings,
@@ -46,8 +47,8 @@ def initialize(
 ) -> Result | Split:
     """Write the adapter's files into the existing directory ``out``, ``manifest.json`` last.
 
-    If the job may be split and has more than ``settings.shard_tokens`` tokens, ``out`` gets the files of a `Split`
-    instead, and the model has not run.
+    ``extras`` are the datasets that the request names besides its own. If the job may be split and has more than
+    ``settings.shard_tokens`` tokens, ``out`` gets the files of a `Split` instead, and the model has not run.
 
     Raises:
         D2LoraError: the request, the rows, the model or the numbers do not allow an adapter; ``out`` has no manifest.
@@ -60,8 +61,9 @@ def initialize(
     encoded = encode_rows(read_rows(dataset), base.tokenizer, max_length=max_length)
     # All that can be refused is refused before the pass.
     objectives = resolve_objectives(spec.objectives, encoded.examples[0].supervision)
-    evaluation = read_evaluation(base, spec, eval_dataset)
-    rows = intake(encoded, sha256=sha256(dataset.path), warnings=warnings)
+    evaluation = read_evaluation(base, spec, extras.get(Role.EVALUATION))
+    digests = {role: sha256(extra.path) for role, extra in extras.items()}
+    rows = intake(encoded, sha256=sha256(dataset.path), extras=digests, warnings=warnings)
     clock(Phase.READING, 1, 1)
 
     if not isinstance(spec.method, str):
@@ -138,7 +140,7 @@ def finish(
     spec: InitializationSpec,
     plan: Path,
     shards: Iterable[ShardFiles],
-    eval_dataset: DatasetFile | None,
+    extras: Mapping[Role, DatasetFile],
     *,
     out: Path,
     settings: WorkerSettings,
@@ -160,7 +162,7 @@ def finish(
     subject = load_subject(spec, settings, load, clock, planned.base)
     base, targets = subject.base, subject.targets
     clock(Phase.READING, 0, 1)
-    evaluation = read_evaluation(base, spec, eval_dataset)
+    evaluation = read_evaluation(base, spec, extras.get(Role.EVALUATION))
     clock(Phase.READING, 1, 1)
 
     objectives = resolve_objectives(spec.objectives, planned.rows.supervision)
@@ -188,7 +190,7 @@ def _deliver(
     spec: InitializationSpec,
     rows: Intake,
     built: BuiltAdapter,
-    evaluation: Evaluation | None,
+    evaluation: Sequence[Example] | None,
     *,
     shards: int,
     out: Path,
@@ -206,7 +208,6 @@ def _deliver(
         rows,
         built,
         measured,
-        eval_dataset_sha256=evaluation.sha256 if evaluation else None,
         shards=shards,
         seconds=clock.seconds(),
     )

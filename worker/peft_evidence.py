@@ -21,7 +21,6 @@ def make_peft_report(
     adapter: PeftAdapter,
     evaluation: dict[str, HeldOut] | None,
     *,
-    eval_dataset_sha256: str | None,
     seconds: dict[str, float],
 ) -> Report:
     """Return the report of an adapter that PEFT has initialized."""
@@ -40,9 +39,7 @@ def make_peft_report(
         rows_used=adapter.rows,
         rows_truncated=rows.truncated,
         rows_dropped=sum(rows.dropped.values()),
-        fingerprint=fingerprint(
-            spec, base_identity=base.identity, dataset_sha256=rows.sha256, dtype=str(base.model.dtype)
-        ),
+        fingerprint=fingerprint(spec, rows, base_identity=base.identity, dtype=str(base.model.dtype)),
         warnings=rows.warnings + _about_ranks(method, adapter),
     )
     return Report(
@@ -51,7 +48,7 @@ def make_peft_report(
         base_identity=base.identity,
         base_license=base.license,
         dataset_sha256=rows.sha256,
-        eval_dataset_sha256=eval_dataset_sha256,
+        extra_dataset_sha256=rows.extras,
         spec=spec,
         rows={"read": rows.read, "used": adapter.rows, "truncated": rows.truncated, **rows.dropped},
         mean_tokens=rows.mean_tokens,

@@ -1,13 +1,14 @@
 """An initialization by one of PEFT's methods: build, evaluate, write."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from d2lora.initializations import InitializationSpec, Phase, Result
 from d2lora.settings import WorkerSettings
 from worker.adapters import write_adapter
 from worker.clock import Clock
-from worker.data import Encoded
-from worker.evaluation import Evaluation, measure
+from worker.data import Encoded, Example
+from worker.evaluation import measure
 from worker.evidence import Intake
 from worker.objectives import resolve_objectives
 from worker.peft_evidence import make_peft_report
@@ -20,7 +21,7 @@ def initialize_by_peft(
     spec: InitializationSpec,
     encoded: Encoded,
     rows: Intake,
-    evaluation: Evaluation | None,
+    evaluation: Sequence[Example] | None,
     *,
     out: Path,
     settings: WorkerSettings,
@@ -42,7 +43,6 @@ def initialize_by_peft(
         rows,
         adapter,
         measured,
-        eval_dataset_sha256=evaluation.sha256 if evaluation else None,
         seconds=clock.seconds(),
     )
     files = write_adapter(out, config=adapter.config, factors=adapter.factors, report=report)

@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +13,7 @@ from typing import Any
 
 from d2lora.datasets import DatasetFile
 from d2lora.initializations import InitializationSpec, Phase, Result
+from d2lora.roles import Role
 from d2lora.settings import DatabaseSettings, StorageSettings, WorkerSettings
 from d2lora.shards import ShardTask
 from d2lora.storage import open_storage
@@ -35,7 +36,7 @@ class RealWork:
         self,
         spec: InitializationSpec,
         dataset: DatasetFile,
-        eval_dataset: DatasetFile | None,
+        extras: Mapping[Role, DatasetFile],
         out: Path,
         on_progress: OnProgress,
     ) -> Result | Split:
@@ -46,7 +47,7 @@ class RealWork:
         return initialize(
             spec,
             dataset,
-            eval_dataset,
+            extras,
             out=out,
             settings=self.settings,
             on_progress=on_progress,
@@ -68,7 +69,7 @@ class RealWork:
         spec: InitializationSpec,
         plan: Path,
         shards: Iterable[ShardFiles],
-        eval_dataset: DatasetFile | None,
+        extras: Mapping[Role, DatasetFile],
         out: Path,
         share: Share,
         on_progress: OnProgress,
@@ -81,7 +82,7 @@ class RealWork:
             spec,
             plan,
             shards,
-            eval_dataset,
+            extras,
             out=out,
             settings=self.settings,
             on_progress=on_progress,

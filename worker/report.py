@@ -11,6 +11,7 @@ from torch import Tensor
 
 from d2lora import __version__
 from d2lora.initializations import Frozen, InitializationSpec, ResultSummary
+from d2lora.roles import Role
 from worker.sketching import LowRank
 
 _LIBRARIES = ("torch", "transformers", "peft", "torchjd", "safetensors", "bitsandbytes")
@@ -101,7 +102,8 @@ class Report(Frozen):
     """Commit of a hub model, or sha256 over the weight files."""
     base_license: str
     dataset_sha256: str
-    eval_dataset_sha256: str | None
+    extra_dataset_sha256: dict[Role, str]
+    """Of all other datasets of the request, by what they are for."""
     spec: InitializationSpec
     rows: dict[str, int]
     """Read, used, truncated, and dropped by reason."""

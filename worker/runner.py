@@ -107,8 +107,8 @@ class Runner:
         return self._do_whole(claim, files, watch)
 
     def _do_whole(self, claim: Claim, files: Files, watch: Watch) -> str:
-        dataset, evaluation = files.dataset(claim.dataset), files.dataset(claim.eval_dataset)
-        done = self.work.initialize(claim.spec, dataset, evaluation, files.directory, watch.progress)
+        dataset, extras = files.dataset(claim.dataset), files.extras(claim)
+        done = self.work.initialize(claim.spec, dataset, extras, files.directory, watch.progress)
         if not isinstance(done, Split):
             return self._publish(claim, done, files, watch)
         with self._unless_lost(split_prefix(claim)) as settled:
@@ -135,11 +135,9 @@ class Runner:
             check=watch.check,
             help_out=lambda shard, directory: self._help(shard, directory, watch),
         )
-        evaluation = files.dataset(claim.eval_dataset)
+        extras = files.extras(claim)
         shards = self._shards(claim, files, watch)
-        result = self.work.finish(
-            claim.spec, files.get(plan), shards, evaluation, files.directory, share, watch.progress
-        )
+        result = self.work.finish(claim.spec, files.get(plan), shards, extras, files.directory, share, watch.progress)
         return self._publish(claim, result, files, watch)
 
     def _shards(self, claim: Claim, files: Files, watch: Watch) -> Iterator[ShardFiles]:

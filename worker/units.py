@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from d2lora.datasets import DatasetFile
 from d2lora.initializations import InitializationSpec, Phase, Result
+from d2lora.roles import Role
 from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
 
 ROWS = "rows.safetensors"
@@ -62,11 +63,14 @@ class Work(Protocol):
         self,
         spec: InitializationSpec,
         dataset: DatasetFile,
-        eval_dataset: DatasetFile | None,
+        extras: Mapping[Role, DatasetFile],
         out: Path,
         on_progress: OnProgress,
     ) -> Result | Split:
-        """Write the adapter's files into a directory, or the shards' if the job is large."""
+        """Write the adapter's files into a directory, or the shards' if the job is large.
+
+        ``extras`` are the further datasets that the request names.
+        """
 
     def run_shard(
         self, spec: InitializationSpec, task: ShardTask, directory: Path, on_progress: OnProgress
@@ -78,7 +82,7 @@ class Work(Protocol):
         spec: InitializationSpec,
         plan: Path,
         shards: Iterable[ShardFiles],
-        eval_dataset: DatasetFile | None,
+        extras: Mapping[Role, DatasetFile],
         out: Path,
         share: Share,
         on_progress: OnProgress,

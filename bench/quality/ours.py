@@ -52,7 +52,7 @@ def _ours(work: Work, start: Literal["calibrated", "zero"]) -> Start:
         seed=work.seed,
     )
     result = initialize(
-        spec, DatasetFile(rows, Format.JSONL), None, out=out, settings=WorkerSettings(), on_progress=lambda *_: None
+        spec, DatasetFile(rows, Format.JSONL), {}, out=out, settings=WorkerSettings(), on_progress=lambda *_: None
     )
     model = PeftModel.from_pretrained(work.base, str(out), is_trainable=True)
     wanted = {name: scaled(layer).norm().item() for name, layer in layers(model).items()}

@@ -16,9 +16,9 @@ from worker.process import RealWork
 class ObedientWork(RealWork):
     """The real work; every progress is a moment named like its phase."""
 
-    def initialize(self, spec, dataset, eval_dataset, out, on_progress):
+    def initialize(self, spec, dataset, extras, out, on_progress):
         try:
-            return super().initialize(spec, dataset, eval_dataset, out, _obediently(on_progress))
+            return super().initialize(spec, dataset, extras, out, _obediently(on_progress))
         finally:
             lift_limits()
 
@@ -29,10 +29,10 @@ class ObedientWork(RealWork):
         finally:
             lift_limits()
 
-    def finish(self, spec, plan, shards, eval_dataset, out, share, on_progress):
+    def finish(self, spec, plan, shards, extras, out, share, on_progress):
         reach("gathered")
         try:
-            return super().finish(spec, plan, shards, eval_dataset, out, share, _obediently(on_progress))
+            return super().finish(spec, plan, shards, extras, out, share, _obediently(on_progress))
         finally:
             lift_limits()
 

@@ -15,6 +15,7 @@ from d2lora.claims import Standing
 from d2lora.database import migrate
 from d2lora.errors import Conflict, IdempotencyMismatch, NotFound, NumericalFailure, RequestInvalid, StoreUnavailable
 from d2lora.initializations import HeldOut, InitializationSpec, Phase, Progress, Result, ResultSummary, State
+from d2lora.roles import FIELDS, Role, with_dataset_ids
 from d2lora.settings import DatabaseSettings
 from d2lora.store import Store
 from d2lora.tables import Table
@@ -67,6 +68,37 @@ def test_a_job_of_an_unknown_dataset_is_not_made(store):
         store.create("acme", InitializationSpec(base_model="m", dataset_id="ds_none"))
 
     assert store.page("acme", limit=10) == ([], None)
+
+
+def naming(spec, field, dataset_id):
+    """The request with another dataset at a field, also one inside an object."""
+    fields = spec.model_dump(exclude_unset=True)
+    role = next(role for role, path in FIELDS.items() if path == field)
+    return InitializationSpec.model_validate(with_dataset_ids(fields, {role: dataset_id}))
+
+
+@pytest.mark.parametrize("field", FIELDS.values())
+def test_a_job_with_another_dataset_that_is_unknown_or_foreign_is_not_made(store, spec, field):
+    add_dataset(store, tenant="other", dataset_id="ds_2")
+
+    for dataset_id in ("ds_none", "ds_2"):
+        with pytest.raises(NotFound, match=dataset_id):
+            store.create("acme", naming(spec, field, dataset_id))
+
+    assert store.page("acme", limit=10) == ([], None)
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_claim_carries_every_other_dataset_by_its_role(store, spec, role):
+    add_dataset(store, dataset_id="ds_2", content=b"more rows")
+    store.create("acme", naming(spec, FIELDS[role], "ds_2"))
+
+    held = claim(store)
+
+    assert held.dataset.key == "t/acme/datasets/ds_1"
+    assert {role: (one.key, one.dataset.id) for role, one in held.extras.items()} == {
+        role: ("t/acme/datasets/ds_2", "ds_2")
+    }
 
 
 def test_a_claim_runs_the_oldest_job_and_carries_what_it_needs(store, spec):

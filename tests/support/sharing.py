@@ -53,13 +53,13 @@ def gather(spec, split, directory, *, settings, load, order=lambda numbers: numb
     return [done[number] for number in sorted(done)]
 
 
-def cut(spec, dataset, evaluation, directory, *, settings, load):
+def cut(spec, dataset, extras, directory, *, settings, load):
     """Return the job in shards; their files lie in the directory."""
     directory.mkdir(parents=True)
     return initialize(
         spec,
         dataset,
-        evaluation,
+        extras,
         out=directory,
         settings=settings,
         on_progress=lambda *_: None,
@@ -68,7 +68,7 @@ def cut(spec, dataset, evaluation, directory, *, settings, load):
     )
 
 
-def build(spec, split, shards, evaluation, directory, *, settings, load):
+def build(spec, split, shards, extras, directory, *, settings, load):
     """Build the adapter into ``directory / "out"``."""
     out = directory / "out"
     out.mkdir(parents=True)
@@ -77,7 +77,7 @@ def build(spec, split, shards, evaluation, directory, *, settings, load):
         spec,
         split.plan,
         shards,
-        evaluation,
+        extras,
         out=out,
         settings=settings,
         on_progress=lambda *_: None,

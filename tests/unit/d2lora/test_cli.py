@@ -8,6 +8,7 @@ import typer
 from d2lora.initializations import Dpo, Kto, Orpo, Sft
 from d2lora.methods import Pissa
 from d2lora.options import _OPTIONS, build_spec
+from d2lora.roles import FIELDS, Role
 
 ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 
@@ -55,6 +56,18 @@ def test_options_become_a_request():
     )
     assert spec.objectives == [Sft(), Dpo(beta=0.3)]
     assert spec.seed == 3
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_file_for_every_role_can_be_named(role, rows, tmp_path):
+    help_text = d2lora("init", "--help", cwd=tmp_path, COLUMNS="200").stdout
+
+    field = FIELDS[role].split(".")[-1].removesuffix("_dataset_id")
+    assert f"--{field} " in help_text
+
+
+def test_files_become_dataset_ids():
+    assert build_spec("m", "ds", options(), {Role.EVALUATION: "ds_2"}).eval_dataset_id == "ds_2"
 
 
 def test_an_objective_takes_its_fields_by_name():

@@ -6,6 +6,7 @@ import pytest
 from pydantic import SecretStr
 
 from d2lora.initializations import HeldOut, Result, ResultFile, ResultSummary
+from d2lora.roles import FIELDS
 from d2lora.settings import ServiceSettings
 from service.auth import KeyRing
 
@@ -233,7 +234,7 @@ def test_dpo_on_rows_without_rejected_is_refused(upload, client):
     assert "eval_dataset_id" in problem_of(evaluation, 422, "objective_unavailable")["detail"]
 
 
-@pytest.mark.parametrize("field", ["dataset_id", "eval_dataset_id"])
+@pytest.mark.parametrize("field", ["dataset_id", *(field for field in FIELDS.values() if "." not in field)])
 def test_an_unknown_dataset_is_pointed_at(upload, client, field):
     response = client.post("/v1/initializations", json={**request_for(upload().json()["id"]), field: "ds_none"})
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from d2lora.datasets import DatasetFile, Format
 from d2lora.errors import DeviceFailure, ObjectiveUnavailable, RowsTooLong, StorageFull
 from d2lora.initializations import Dpo, InitializationSpec, LoraSpec
+from d2lora.roles import Role
 from d2lora.settings import WorkerSettings
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_tokenizer
 from worker.initialization import initialize
@@ -37,7 +38,8 @@ def run(base_model, dataset, out, *, evaluation=None, settings=None, **changes):
     spec = InitializationSpec(**{"base_model": base_model, "dataset_id": "ds", "lora": LoraSpec(r=4), **changes})
     out.mkdir()
     settings = settings or WorkerSettings(device="cpu")
-    return initialize(spec, dataset, evaluation, out=out, settings=settings, on_progress=lambda *_: None)
+    extras = {Role.EVALUATION: evaluation} if evaluation else {}
+    return initialize(spec, dataset, extras, out=out, settings=settings, on_progress=lambda *_: None)
 
 
 def logits_of(model):
@@ -121,6 +123,17 @@ def test_the_adapters_files_are_the_same_for_the_same_request(base_model, tmp_pa
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert first.summary.fingerprint == second.summary.fingerprint
+
+
+def test_the_report_has_the_digest_of_the_evaluation_rows_and_the_fingerprint_has_not(base_model, tmp_path):
+    dataset, evaluation = write_rows(tmp_path / "rows.jsonl", 4), write_rows(tmp_path / "eval.jsonl", 3)
+
+    alone = run(base_model, dataset, tmp_path / "alone", start="zero")
+    measured = run(base_model, dataset, tmp_path / "measured", evaluation=evaluation, start="zero")
+
+    report = json.loads((tmp_path / "measured" / "report.json").read_text())
+    assert report["extra_dataset_sha256"] == {"evaluation": hashlib.sha256(evaluation.path.read_bytes()).hexdigest()}
+    assert measured.summary.fingerprint == alone.summary.fingerprint
 
 
 def test_another_seed_or_dataset_has_another_fingerprint(base_model, tmp_path):

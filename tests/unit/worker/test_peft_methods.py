@@ -17,6 +17,7 @@ from d2lora.datasets import DatasetFile, Format
 from d2lora.errors import ModelUnsupported, NumericalFailure, RankTooLarge, TargetUnsupported
 from d2lora.initializations import InitializationSpec, LoraSpec, Phase
 from d2lora.methods import CHANGES_BASE, NAMES
+from d2lora.roles import Role
 from d2lora.settings import WorkerSettings
 from tests.support.models import as_base, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.unit.worker.conftest import as_examples, labeled_rows
@@ -89,7 +90,8 @@ def run(base_model, dataset, out, method, *, evaluation=None, on_progress=lambda
     spec = InitializationSpec(**{**fields, "method": method, **changes})
     out.mkdir()
     settings = WorkerSettings(device="cpu")
-    return initialize(spec, dataset, evaluation, out=out, settings=settings, on_progress=on_progress)
+    extras = {Role.EVALUATION: evaluation} if evaluation else {}
+    return initialize(spec, dataset, extras, out=out, settings=settings, on_progress=on_progress)
 
 
 def encoded(count=12):

@@ -20,6 +20,7 @@ from d2lora.errors import (
     StoreUnavailable,
 )
 from d2lora.initializations import InitializationSpec, Phase, Result, ResultFile, ResultSummary, State
+from d2lora.roles import Role, with_dataset_ids
 from d2lora.settings import DatabaseSettings, WorkerSettings
 from d2lora.storage import LocalStorage, dataset_key
 from d2lora.store import Store
@@ -43,23 +44,27 @@ def storage(tmp_path):
     return LocalStorage(tmp_path / "objects")
 
 
-@pytest.fixture
-def job(store, storage, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(ROWS)
-    digest = hashlib.sha256(ROWS).hexdigest()
+def add_dataset(store, storage, directory, dataset_id, content):
+    path = directory / f"{dataset_id}.jsonl"
+    path.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
     dataset = Dataset(
-        id="ds_1",
+        id=dataset_id,
         created_at=datetime.now(UTC),
         format="jsonl",
         row_schema="text",
         rows=1,
-        size=len(ROWS),
+        size=len(content),
         sha256=digest,
         objectives=["sft"],
     )
-    storage.put_file(dataset_key("acme", "ds_1"), path, digest)
-    store.add_dataset("acme", dataset, dataset_key("acme", "ds_1"))
+    storage.put_file(dataset_key("acme", dataset_id), path, digest)
+    store.add_dataset("acme", dataset, dataset_key("acme", dataset_id))
+
+
+@pytest.fixture
+def job(store, storage, tmp_path):
+    add_dataset(store, storage, tmp_path, "ds_1", ROWS)
     return store.create("acme", InitializationSpec(base_model="m", dataset_id="ds_1"))[0]
 
 
@@ -87,14 +92,14 @@ def write_result(directory):
     return Result(files=files, summary=summary)
 
 
-def good_build(spec, dataset, eval_dataset, out, on_progress):
+def good_build(spec, dataset, extras, out, on_progress):
     assert dataset.path.read_bytes() == ROWS
     on_progress(Phase.STATISTICS, 1, 1)
     return write_result(out)
 
 
 def failing_build(error):
-    def build(spec, dataset, eval_dataset, out, on_progress):
+    def build(spec, dataset, extras, out, on_progress):
         raise error
 
     return build
@@ -103,7 +108,7 @@ def failing_build(error):
 def waiting_build(ready):
     """Reports progress until it is stopped."""
 
-    def build(spec, dataset, eval_dataset, out, on_progress):
+    def build(spec, dataset, extras, out, on_progress):
         end = time.monotonic() + 10
         while time.monotonic() < end:
             on_progress(Phase.STATISTICS, 1, 100)
@@ -145,6 +150,23 @@ def test_a_job_ends_with_its_files_and_its_result(store, storage, job):
     for file in done.result.files:
         with storage.open(prefix + file.name) as stream:
             assert hashlib.sha256(stream.read()).hexdigest() == file.sha256
+
+
+@pytest.mark.parametrize("role", Role)
+def test_the_work_gets_every_other_dataset_as_a_file(store, storage, tmp_path, role):
+    add_dataset(store, storage, tmp_path, "ds_1", ROWS)
+    add_dataset(store, storage, tmp_path, "ds_2", b'{"text": "another"}\n')
+    fields = with_dataset_ids({"base_model": "m", "dataset_id": "ds_1"}, {role: "ds_2"})
+    store.create("acme", InitializationSpec.model_validate(fields))
+    seen = {}
+
+    def build(spec, dataset, extras, out, on_progress):
+        seen.update({role: file.path.read_bytes() for role, file in extras.items()})
+        return good_build(spec, dataset, extras, out, on_progress)
+
+    run(store, storage, build)
+
+    assert seen == {role: b'{"text": "another"}\n'}
 
 
 def test_without_a_job_nothing_is_done(store, storage):
@@ -274,7 +296,7 @@ def test_a_worker_that_is_stopped_hands_its_job_back(store, storage, job):
 def test_a_worker_whose_lease_was_lost_publishes_nothing(store, storage, job):
     """The lease ends under a build that does not look up; another worker finishes the job first."""
 
-    def slow_build(spec, dataset, eval_dataset, out, on_progress):
+    def slow_build(spec, dataset, extras, out, on_progress):
         # Another worker's claim, as the database would allow it once the lease is over.
         with store._engine.begin() as connection:
             connection.exec_driver_sql("UPDATE initializations SET lease_until = '2000-01-01 00:00:00.000000'")
@@ -329,7 +351,7 @@ def test_a_stop_hands_a_unit_back_that_gives_no_sign_of_progress(store, storage,
     """A model that loads for minutes, say: another worker takes the job at once, and this one's late result is none."""
     loading, stop, loaded = threading.Event(), threading.Event(), threading.Event()
 
-    def slow_build(spec, dataset, eval_dataset, out, on_progress):
+    def slow_build(spec, dataset, extras, out, on_progress):
         loading.set()
         assert loaded.wait(20)
         return write_result(out)
@@ -366,7 +388,7 @@ def test_after_an_outage_longer_than_the_lease_the_claim_is_kept_by_who_still_wo
 
     monkeypatch.setattr(store.leases, "renew", flaky)
 
-    def build(spec, dataset, eval_dataset, out, on_progress):
+    def build(spec, dataset, extras, out, on_progress):
         time.sleep(0.6)
         away.clear()
         time.sleep(0.3)
@@ -383,7 +405,7 @@ def test_after_an_outage_longer_than_the_lease_the_claim_is_kept_by_who_still_wo
 def test_a_unit_that_hangs_ends_its_process(store, storage, job):
     ended = threading.Event()
 
-    def hanging_build(spec, dataset, eval_dataset, out, on_progress):
+    def hanging_build(spec, dataset, extras, out, on_progress):
         assert ended.wait(20)
         return write_result(out)
 

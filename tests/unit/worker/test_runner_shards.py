@@ -24,7 +24,7 @@ class ShardedWork:
     on_shard: object = None
     on_finish: object = None
 
-    def initialize(self, spec, dataset, eval_dataset, out, on_progress):
+    def initialize(self, spec, dataset, extras, out, on_progress):
         plan = out / "plan.json"
         plan.write_text("plan")
         shards = []
@@ -45,7 +45,7 @@ class ShardedWork:
         path.write_text("sum of " + (directory / "rows.safetensors").read_text())
         return ShardOutput([path], None)
 
-    def finish(self, spec, plan, shards, eval_dataset, out, share, on_progress):
+    def finish(self, spec, plan, shards, extras, out, share, on_progress):
         assert plan.read_text() == "plan"
         seen = [(shard.rows.read_text(), shard.sums[0].read_text()) for shard in shards]
         assert seen == [("0", "sum of 0"), ("1", "sum of 1"), ("2", "sum of 2")]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from d2lora.datasets import DatasetFile, Format
 from d2lora.errors import ChecksumMismatch, FormatMismatch, ObjectiveUnavailable, TargetsMissing
 from d2lora.initializations import InitializationSpec, LoraSpec, Orpo, Result, Sft
+from d2lora.roles import Role
 from d2lora.settings import WorkerSettings
 from d2lora.shards import EvaluationTask
 from tests.support import sharing
@@ -82,10 +83,10 @@ def settings_for(shards, tokens):
     return SETTINGS.model_copy(update={"shard_tokens": math.ceil(tokens / shards)})
 
 
-def whole(spec, dataset, out, evaluation=None):
+def whole(spec, dataset, out, extras=None):
     out.mkdir()
     return initialize(
-        spec, dataset, evaluation, out=out, settings=SETTINGS, on_progress=lambda *_: None, load=load, may_split=True
+        spec, dataset, extras or {}, out=out, settings=SETTINGS, on_progress=lambda *_: None, load=load, may_split=True
     )
 
 
@@ -93,12 +94,12 @@ def tokens_of(rows):
     return sum(len(row["prompt"]) * 2 + len(row["chosen"]) + len(row["rejected"]) + 2 for row in rows)
 
 
-def in_shards(spec, dataset, directory, *, shards=7, evaluation=None, order=lambda numbers: numbers):
+def in_shards(spec, dataset, directory, *, shards=7, extras=None, order=lambda numbers: numbers):
     """Return the cut, the shards' files and the adapter's directory."""
     settings = settings_for(shards, tokens_of(read_rows(dataset)))
-    split = sharing.cut(spec, dataset, evaluation, directory / "cut", settings=settings, load=load)
+    split = sharing.cut(spec, dataset, extras or {}, directory / "cut", settings=settings, load=load)
     files = sharing.gather(spec, split, directory, settings=settings, load=load, order=order)
-    sharing.build(spec, split, files, evaluation, directory, settings=settings, load=load)
+    sharing.build(spec, split, files, extras or {}, directory, settings=settings, load=load)
     return split, files, directory / "out"
 
 
@@ -150,10 +151,10 @@ def test_the_adapter_of_seven_shards_is_the_unsharded_one_up_to_float_addition(
     model, changes, dataset, tmp_path, request
 ):
     spec = spec_for(request.getfixturevalue(model), **changes)
-    evaluation = write_rows(tmp_path / "eval.jsonl", some_rows(5, seed=1))
-    result = whole(spec, dataset, tmp_path / "whole", evaluation)
+    extras = {Role.EVALUATION: write_rows(tmp_path / "eval.jsonl", some_rows(5, seed=1))}
+    result = whole(spec, dataset, tmp_path / "whole", extras)
 
-    split, _, out = in_shards(spec, dataset, tmp_path, evaluation=evaluation)
+    split, _, out = in_shards(spec, dataset, tmp_path, extras=extras)
 
     assert len(split.shards) == 7
     assert isinstance(result, Result)
@@ -172,9 +173,9 @@ def test_rows_without_rejected_are_sharded_too(llama, tmp_path):
     whole(spec, rows, tmp_path / "whole")
     settings = SETTINGS.model_copy(update={"shard_tokens": 200})
 
-    split = sharing.cut(spec, rows, None, tmp_path / "cut", settings=settings, load=load)
+    split = sharing.cut(spec, rows, {}, tmp_path / "cut", settings=settings, load=load)
     files = sharing.gather(spec, split, tmp_path, settings=settings, load=load)
-    sharing.build(spec, split, files, None, tmp_path, settings=settings, load=load)
+    sharing.build(spec, split, files, {}, tmp_path, settings=settings, load=load)
 
     assert len(split.shards) > 3
     sharded = updates(tmp_path / "out")
@@ -190,12 +191,12 @@ def test_labeled_rows_are_sharded_too_with_their_labels_and_mismatches(llama, tm
     labeled = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in pairs]
     labeled += [{"prompt": row["prompt"], "completion": row["rejected"], "label": False} for row in pairs]
     rows, spec = write_rows(tmp_path / "rows.jsonl", labeled), spec_for(llama)
-    result = whole(spec, rows, tmp_path / "whole", rows)
+    result = whole(spec, rows, tmp_path / "whole", {Role.EVALUATION: rows})
     settings = SETTINGS.model_copy(update={"shard_tokens": 200})
 
-    split = sharing.cut(spec, rows, rows, tmp_path / "cut", settings=settings, load=load)
+    split = sharing.cut(spec, rows, {Role.EVALUATION: rows}, tmp_path / "cut", settings=settings, load=load)
     files = sharing.gather(spec, split, tmp_path, settings=settings, load=load)
-    sharing.build(spec, split, files, rows, tmp_path, settings=settings, load=load)
+    sharing.build(spec, split, files, {Role.EVALUATION: rows}, tmp_path, settings=settings, load=load)
 
     assert len(split.shards) > 3
     assert isinstance(result, Result)
@@ -285,9 +286,9 @@ def test_a_row_longer_than_a_shard_is_a_shard_of_its_own(llama, tmp_path):
     spec, settings = spec_for(llama, start="zero"), SETTINGS.model_copy(update={"shard_tokens": 1})
     whole(spec, dataset, tmp_path / "whole")
 
-    split = sharing.cut(spec, dataset, None, tmp_path / "cut", settings=settings, load=load)
+    split = sharing.cut(spec, dataset, {}, tmp_path / "cut", settings=settings, load=load)
     files = sharing.gather(spec, split, tmp_path, settings=settings, load=load)
-    sharing.build(spec, split, files, None, tmp_path, settings=settings, load=load)
+    sharing.build(spec, split, files, {}, tmp_path, settings=settings, load=load)
 
     assert any(task.rows == 1 and task.tokens > 150 for task, _ in split.shards)
     assert len(split.shards) == sum(len(shard.sizes) for shard in read_plan(split.plan).shards)
@@ -317,7 +318,7 @@ def test_init_on_one_machine_never_splits_and_a_worker_does(llama, dataset, tmp_
         out = tmp_path / str(may_split)
         out.mkdir()
         work = RealWork(settings, may_split=may_split)
-        results[may_split] = work.initialize(spec, dataset, None, out, lambda *_: None)
+        results[may_split] = work.initialize(spec, dataset, {}, out, lambda *_: None)
 
     assert isinstance(results[False], Result)
     assert isinstance(results[True], Split)
@@ -339,7 +340,7 @@ def test_cutting_runs_no_model_and_refuses_a_bad_request_first(llama, dataset, t
     base.model.base_model.register_forward_pre_hook(never)
     loaded = lambda *_, **__: base
 
-    split = sharing.cut(spec_for(llama), dataset, None, tmp_path / "good", settings=settings, load=loaded)
+    split = sharing.cut(spec_for(llama), dataset, {}, tmp_path / "good", settings=settings, load=loaded)
 
     assert isinstance(split, Split)
     for fault, error, rows in [
@@ -348,7 +349,7 @@ def test_cutting_runs_no_model_and_refuses_a_bad_request_first(llama, dataset, t
     ]:
         place = tmp_path / error.__name__
         with pytest.raises(error):
-            sharing.cut(spec_for(llama, **fault), rows, None, place, settings=settings, load=loaded)
+            sharing.cut(spec_for(llama, **fault), rows, {}, place, settings=settings, load=loaded)
         assert not any(place.iterdir())
 
 
@@ -383,9 +384,7 @@ def test_progress_is_told_at_every_batch_of_every_verb_and_may_stop_it(job, tmp_
         out = tmp_path / str(call)
         out.mkdir()
         with pytest.raises(stop):
-            finish(
-                spec, split.plan, files, None, out=out, settings=SETTINGS, on_progress=listen, share=share, load=load
-            )
+            finish(spec, split.plan, files, {}, out=out, settings=SETTINGS, on_progress=listen, share=share, load=load)
         assert len(listen.calls) == call + 1
         assert not any(out.iterdir())
 
@@ -406,7 +405,7 @@ def test_a_step_that_overflows_is_an_answer_and_not_a_failure(job, tmp_path):
             spec,
             split.plan,
             files,
-            None,
+            {},
             out=tmp_path / "out",
             settings=SETTINGS,
             on_progress=lambda *_: None,
@@ -485,7 +484,7 @@ def finished(job, shards, tmp_path, *, plan=None, share=None):
         spec,
         plan or split.plan,
         shards,
-        None,
+        {},
         out=out,
         settings=SETTINGS,
         on_progress=lambda *_: None,
