@@ -43,6 +43,7 @@ def main() -> int:
     run.add_argument("--task", action="append", default=[], metavar="NAME:KIND:TRAINER=FOLDER")
     run.add_argument("--data", type=Path, help="a folder of the known data sets' folders")
     run.add_argument("--general", type=Path, help="a file of text rows, for forgetting")
+    run.add_argument("--untrained", type=Path, help="a file of multiple-choice rows (instruction, answer), likewise")
     run.add_argument("--rows", nargs="+", type=int, default=[64])
     run.add_argument("--initializers", nargs="+", default=list(INITIALIZERS))
     run.add_argument("--learning-rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3])
@@ -111,7 +112,7 @@ def _plan(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tup
         tune_seeds=tuple(arguments.tune_seeds) if arguments.tune_seeds else None,
         protocol=Protocol(**{name: getattr(arguments, name) for name in Protocol.model_fields}),
     )
-    return plan, Places(models=models, folders=folders, general=arguments.general)
+    return plan, Places(models=models, folders=folders, general=arguments.general, questions=arguments.untrained)
 
 
 if __name__ == "__main__":

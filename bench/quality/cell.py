@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from bench.quality.choices import questions, right_answers
 from bench.quality.datasets import Splits, general_rows, in_batches, splits
 from bench.quality.generation import row_scores
 from bench.quality.grid import Cell, Places
@@ -124,7 +125,10 @@ class _Measure:
         if places.general is not None:
             rows = general_rows(places.general, cell.protocol.general_rows)
             self.general = Held(rows, tokenizer, max_length=length, autocast=autocast)
-        self.base = self._point(base, self.reference)
+        self.questions = []
+        if places.questions is not None and cell.phase == "test":
+            self.questions = questions(places.questions, cell.protocol.questions)
+        self.base = self._point(base, self.reference) | self._untrained(base)
 
     def curve_point(self, model: torch.nn.Module) -> Record:
         """Return the losses, and for pairs the preferences."""
@@ -153,7 +157,18 @@ class _Measure:
                 self.tokenizer,
                 new_tokens=protocol.new_tokens,
             )
-        return {"row_losses": [finite(value) for value in losses.tolist()], **written}
+        return {"row_losses": [finite(value) for value in losses.tolist()], **written, **self._untrained(model)}
+
+    def _untrained(self, model: torch.nn.Module) -> Record:
+        """Return which questions of a task that is not trained are answered rightly."""
+        if not self.questions:
+            return {}
+        protocol = self.cell.protocol
+        return {
+            "untrained": right_answers(
+                model, self.questions, self.tokenizer, max_length=protocol.max_length, autocast=protocol.autocast
+            )
+        }
 
     def _loss(self, scores: Scores) -> float:
         return mean_loss(self.cell.task.trainer, scores, self.reference, beta=self.cell.protocol.beta).item()

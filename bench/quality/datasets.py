@@ -13,7 +13,7 @@ import torch
 
 Kind = Literal["gsm8k", "titles", "preference", "text"]
 Row = dict[str, str]
-_HELD_OUT = 20240229
+HELD_OUT = 20240229
 """Seed of the shuffles that do not depend on a cell's seed."""
 
 
@@ -45,16 +45,16 @@ def splits(
     """
     pool = read(folder / "train.jsonl", kind, trainer)
     if (folder / "validation.jsonl").exists():
-        validation = _shuffled(read(folder / "validation.jsonl", kind, trainer), _HELD_OUT)[:validation_rows]
+        validation = shuffled(read(folder / "validation.jsonl", kind, trainer), HELD_OUT)[:validation_rows]
     else:
-        mixed = _shuffled(pool, _HELD_OUT)
+        mixed = shuffled(pool, HELD_OUT)
         validation, pool = mixed[:validation_rows], mixed[validation_rows:]
-    train = _shuffled(pool, seed)[:rows]
+    train = shuffled(pool, seed)[:rows]
     if len(train) < rows:
         raise ValueError(f"{folder.name}: {rows} rows wanted, and {len(train)} are left beside the validation rows")
     test = None
     if with_test:
-        test = _shuffled(read(folder / "test.jsonl", kind, trainer), _HELD_OUT)[:test_rows]
+        test = shuffled(read(folder / "test.jsonl", kind, trainer), HELD_OUT)[:test_rows]
     return Splits(train, validation, test)
 
 
@@ -63,14 +63,14 @@ def in_batches(rows: list[Row], *, seed: int, steps: int, batch: int) -> list[Ro
     ordered: list[Row] = []
     turn = 0
     while len(ordered) < steps * batch:
-        ordered += _shuffled(rows, 1000 * (seed + 1) + turn)
+        ordered += shuffled(rows, 1000 * (seed + 1) + turn)
         turn += 1
     return ordered[: steps * batch]
 
 
 def general_rows(path: Path, count: int) -> list[Row]:
     """Return the first rows of a fixed shuffle of a file of ``text`` rows."""
-    return _shuffled(read(path, "text", "sft"), _HELD_OUT)[:count]
+    return shuffled(read(path, "text", "sft"), HELD_OUT)[:count]
 
 
 def read(path: Path, kind: Kind, trainer: str) -> list[Row]:
@@ -105,6 +105,7 @@ def _apart(prompt: str, completion: str) -> str:
     return completion if completion[:1].isspace() or prompt[-1:].isspace() else f"\n\n{completion}"
 
 
-def _shuffled(rows: list[Row], seed: int) -> list[Row]:
+def shuffled(rows: list[Row], seed: int) -> list[Row]:
+    """Return the rows in the order that the seed decides."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return [rows[index] for index in order.tolist()]

@@ -18,7 +18,7 @@ from d2lora.models import LocalModel, locate
 ROOT = Path(__file__).resolve().parents[2]
 Trainer = Literal["sft", "dpo", "orpo"]
 
-_DECIDING = ("datasets", "encoding", "starts", "peft_starts", "training", "measuring", "generation", "cell")
+_DECIDING = ("datasets", "encoding", "starts", "peft_starts", "training", "measuring", "generation", "choices", "cell")
 """Modules of this package that decide every cell's numbers."""
 
 
@@ -33,6 +33,7 @@ class Protocol(Frozen):
     validation_rows: int = 64
     test_rows: int = 128
     general_rows: int = 32
+    questions: int = 64
     generation_rows: int = 64
     new_tokens: int = 96
     beta: float = 0.1
@@ -66,6 +67,7 @@ class Cell(Frozen):
     task: Task
     rows_identity: str
     general_identity: str | None
+    questions_identity: str | None
     rows: int
     initializer: str
     learning_rate: float
@@ -103,6 +105,8 @@ class Places(Frozen):
     """Task's name -> folder with train.jsonl, test.jsonl and perhaps validation.jsonl."""
     general: Path | None = None
     """A file of ``text`` rows, for forgetting."""
+    questions: Path | None = None
+    """A file of multiple-choice rows (instruction, answer) of no task that is trained, for forgetting too."""
 
 
 class Plan(Frozen):
@@ -121,7 +125,7 @@ class Plan(Frozen):
     def tune_cells(self, places: Places) -> Iterator[Cell]:
         """Yield the cells among which learning rates are chosen; seeds come last, so that a broken run has pairs."""
         versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
-        general = None if places.general is None else digest([places.general])
+        general, questions = (None if path is None else digest([path]) for path in (places.general, places.questions))
         for seed in self.tune_seeds or self.seeds:
             for label, path in places.models.items():
                 for task in self.tasks:
@@ -137,6 +141,7 @@ class Plan(Frozen):
                                     task=task.model_copy(update={"initializers": None}),
                                     rows_identity=rows_identity,
                                     general_identity=general,
+                                    questions_identity=questions,
                                     rows=rows,
                                     initializer=initializer,
                                     learning_rate=learning_rate,

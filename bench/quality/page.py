@@ -125,6 +125,9 @@ def _measures(entries: Sequence[Entry]) -> dict:
         "exact_match_last": "exact match, last step",
         "rouge_l_chosen": "ROUGE-L",
         "rouge_l_last": "ROUGE-L, last step",
+        "untrained_base": "base's accuracy on an untrained task",
+        "untrained_chosen": "accuracy there",
+        "untrained_last": "accuracy there, last step",
     }
 
     def column(key: str):  # noqa: ANN202  # a formatter

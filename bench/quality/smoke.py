@@ -27,6 +27,7 @@ def smoke_plans() -> list[Plan]:
         validation_rows=16,
         test_rows=16,
         general_rows=8,
+        questions=8,
         generation_rows=8,
         new_tokens=16,
     )
@@ -61,11 +62,13 @@ def write_smoke_places(directory: Path, model: str | None) -> Places:
         shutil.copy(ROOT / "examples" / "support_triage_eval.jsonl", folders[name] / "test.jsonl")
     general = directory / "general.jsonl"
     _write(general, [{"text": f"There were {number} {_THINGS[number % 5]} on the table."} for number in range(32)])
+    questions = directory / "questions.jsonl"
+    _write(questions, [_question(number) for number in range(8)])
     if model is None:
         model = str(directory / "model")
         tiny_llama().save_pretrained(model)
         _tokenizer().save_pretrained(model)
-    return Places(models={"smoke": model}, folders=folders, general=general)
+    return Places(models={"smoke": model}, folders=folders, general=general, questions=questions)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -90,6 +93,12 @@ def _sum(number: int) -> dict[str, str]:
 def _title(number: int) -> dict[str, str]:
     thing, other = _THINGS[number % 5], _THINGS[(number + 2) % 5]
     return {"abstract": f"We count {thing} and {other} in {number} rooms.", "title": f"Counting {thing} and {other}"}
+
+
+def _question(number: int) -> dict[str, str]:
+    thing, other = _THINGS[number % 5], _THINGS[(number + 2) % 5]
+    instruction = f"Which are {thing}?\n\nAnswer1: {other}. Answer2: {thing}.\n\nAnswer format: answer1/answer2"
+    return {"instruction": instruction, "answer": "answer2"}
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:

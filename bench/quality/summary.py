@@ -144,10 +144,12 @@ def _forgetting(
 
 
 def _written(runs: Sequence[Record], choice: Choice, vanilla: Sequence[Record], theirs: Choice) -> Entry:
-    """Return the generation's scores at each one's chosen step and, for equal steps, at the last one."""
+    """Return scores per row at each one's chosen step and, for equal steps, at the last one."""
     entry: Entry = {}
+    if "untrained" in runs[0]["base"]:
+        entry["untrained_base"] = _mean(runs[0]["base"]["untrained"])
     last = str(runs[0]["cell"]["protocol"]["steps"])
-    for what in ("exact_match", "rouge_l"):
+    for what in ("exact_match", "rouge_l", "untrained"):
         if what not in runs[0]["details"][last]:
             continue
         for label, mine, other in (("chosen", str(choice.step), str(theirs.step)), ("last", last, last)):

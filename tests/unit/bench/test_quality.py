@@ -27,6 +27,7 @@ def cell(initializer="vanilla", rate=0.1, seed=0, phase="tune", **changes):
             "task": TASK,
             "rows_identity": "b",
             "general_identity": None,
+            "questions_identity": None,
             "rows": 8,
             "initializer": initializer,
             "learning_rate": rate,

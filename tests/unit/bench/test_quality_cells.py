@@ -5,6 +5,7 @@ import torch
 
 from bench.quality import running
 from bench.quality.cell import load, run
+from bench.quality.choices import Question, questions, right_answers
 from bench.quality.datasets import read, splits
 from bench.quality.encoding import encode
 from bench.quality.grid import Plan
@@ -63,6 +64,7 @@ def test_running_a_choice_again_measures_the_same_training(cells, places):
     assert losses(once, "loss") != losses(test, "loss")  # other rows
     assert once["details"] == {}
     assert len(test["details"]["3"]["rouge_l"]) == 2
+    assert len(test["details"]["3"]["untrained"]) == len(test["base"]["untrained"]) == 8
 
 
 def test_a_loss_is_trls_on_the_same_rows(places, tmp_path):
@@ -130,3 +132,30 @@ def test_a_row_may_hold_any_line_separator(tmp_path):
     path.write_text('{"text": "one\u2028two\x85three"}\n{"text": "four"}\n', encoding="utf-8")
 
     assert [row["text"] for row in read(path, "text", "sft")] == ["one\u2028two\x85three", "four"]
+
+
+def test_the_likeliest_completion_of_a_question_is_the_answer(places):
+    model, tokenizer = load(places.models["smoke"])
+    asked = [
+        *questions(places.questions, 4),
+        Question("Three or more?", ("the correct answer is a", "the correct answer is b", "none"), 2),
+    ]
+
+    right = right_answers(model, asked, tokenizer, max_length=96, autocast=False)
+
+    one_by_one = []
+    for question in sorted(asked, key=lambda question: len(question.completions)):
+        logps = [
+            score_all(model, Held([{"prompt": question.prompt, "completion": text}], tokenizer, max_length=96)).chosen
+            for text in question.completions
+        ]
+        one_by_one.append(float(torch.cat(logps).argmax() == question.right))
+    assert right == one_by_one
+
+
+def test_a_question_without_its_answer_format_is_refused(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"instruction": "Which?", "answer": "answer1"}\n')
+
+    with pytest.raises(ValueError, match=r"questions\.jsonl: answer 'answer1' is not in the answer format"):
+        questions(path, 1)
