@@ -193,6 +193,9 @@ class InitializationSpec(Frozen):
         default=None, min_length=1, description="all that the rows allow when omitted"
     )
     combination: Combination = Mgda()
+    whitening: Whitening | None = Field(
+        default=None, description="damp what most inputs share; {} for the defaults (docs/method.md, whitening)"
+    )
     lora: LoraSpec = LoraSpec()
     start: Literal["calibrated", "zero"] = "calibrated"
     statistics: Literal["sketch", "exact"] = "sketch"
@@ -237,7 +240,7 @@ class InitializationSpec(Frozen):
         return {name: value for name, value in fields.items() if name not in _GRADIENT_ONLY}
 
 
-_GRADIENT_ONLY = {"objectives", "combination", "start", "statistics"}
+_GRADIENT_ONLY = {"objectives", "combination", "whitening", "start", "statistics"}
 """Fields of a request that only our own method reads."""
 
 

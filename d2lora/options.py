@@ -31,6 +31,9 @@ _OPTIONS: dict[str, Any] = {
             help="sft, dpo, orpo, kto, or dpo:loss_type=ipo,beta=0.2; repeatable (default: all that the rows allow)"
         ),
     ],
+    "whitening": Annotated[
+        str | None, typer.Option(help="default, or power=0.5,damping=0.1: whiten gradients by their inputs")
+    ],
     "start": Annotated[str | None, typer.Option(help="calibrated or zero (default: calibrated)")],
     "statistics": Annotated[str | None, typer.Option(help="sketch or exact (default: sketch)")],
     "max_length": Annotated[int | None, typer.Option(help="tokens of a sequence (default: 1024)")],
@@ -95,6 +98,9 @@ def build_spec(
         values["lora"] = {**values.get("lora", {}), **lora}
     if "objective" in given:
         values["objectives"] = [_typed(text, "--objective") for text in given.pop("objective")]
+    if "whitening" in given:
+        text = given["whitening"]
+        given["whitening"] = {} if text == "default" else _arguments(text, f"--whitening {text}")
     if given.get("method", "gradient") != "gradient":
         given["method"] = _typed(given["method"], "--method")
     try:
@@ -114,10 +120,15 @@ def _target_modules(values: list[str]) -> str | list[str]:
 def _typed(text: str, option: str) -> dict[str, Any]:
     """Return the object that ``dpo`` or ``dpo:beta=0.2`` names."""
     kind, _, arguments = text.partition(":")
-    parsed: dict[str, Any] = {"type": kind}
-    for argument in filter(None, arguments.split(",")):
+    return {"type": kind, **_arguments(arguments, f"{option} {text}")}
+
+
+def _arguments(text: str, option: str) -> dict[str, str]:
+    """Return the fields of ``beta=0.2,loss_type=ipo``."""
+    parsed = {}
+    for argument in filter(None, text.split(",")):
         name, separator, value = argument.partition("=")
         if not separator:
-            raise typer.BadParameter(f"{option} {text}: arguments are written name=value")
+            raise typer.BadParameter(f"{option}: arguments are written name=value")
         parsed[name] = value
     return parsed

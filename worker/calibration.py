@@ -150,8 +150,8 @@ def calibrate(
         return trial(eta, objectives, scales, reference, stepped)
 
     losses = [row_losses(objective, reference, reference).mean().item() for objective in objectives]
-    energy = sum(layer.kept for direction in directions for layer in direction.values()) / len(directions)
-    return line_search(evaluate, first_step(losses, scales, energy), evaluations=EVALUATIONS)
+    slope = sum(layer.descent for direction in directions for layer in direction.values()) / len(directions)
+    return line_search(evaluate, first_step(losses, scales, slope), evaluations=EVALUATIONS)
 
 
 def score_step(
@@ -220,13 +220,13 @@ def failed_trial(eta: float, objectives: Sequence[Objective]) -> Trial:
     return Trial(eta, worst, {objective.type: worst for objective in objectives}, worst)
 
 
-def first_step(base_losses: Sequence[float], scales: Float[Tensor, " J"], energy: float) -> float:
+def first_step(base_losses: Sequence[float], scales: Float[Tensor, " J"], slope: float) -> float:
     """Return the step at which the gradient alone predicts that half of the combined loss is gone.
 
-    ``energy`` is the squared norm of the rank-r direction, the slope of Phi at 0.
+    ``slope`` is that of Phi at 0 along the direction; its squared norm, where it is a part of the gradient itself.
     """
     total = sum(scale * loss for scale, loss in zip(scales.tolist(), base_losses, strict=True))
-    return 0.5 * total / energy
+    return 0.5 * total / slope
 
 
 def line_search(evaluate: Callable[[float], Trial], first: float, *, evaluations: int) -> Calibration:

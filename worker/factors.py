@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from d2lora.initializations import Whitening
 from worker.sketching import LayerStatistics, LowRank
 from worker.statistics import Statistics
+from worker.whitening import MomentGradient, MomentSketch, whitened_factorization, whitened_gramian
 
 ROW_NORM = 3**-0.5
 """Norm of a row of PEFT's default lora_A: uniform on +-1/sqrt(I), so a variance of 1/(3 I) per entry."""
@@ -33,11 +35,30 @@ Direction = Mapping[str, LowRank]
 
 
 def factorize(
-    folds: Sequence[Statistics], coefficients: Float[Tensor, " K"], *, rank: int, leave_out: int | None = None
+    folds: Sequence[Statistics],
+    coefficients: Float[Tensor, " K"],
+    *,
+    rank: int,
+    leave_out: int | None = None,
+    whitening: Whitening | None = None,
 ) -> dict[str, LowRank]:
-    """Return the rank-r direction from all folds, or from all but one."""
-    used = [fold for index, fold in enumerate(folds) if index != leave_out]
-    return {name: _sum([fold.layers[name] for fold in used]).factorize(coefficients, rank) for name in used[0].layers}
+    """Return the rank-r direction from all folds, or from all but one; on request that of the whitened gradient."""
+    direction = {}
+    for name, layer in _summed_layers(folds, leave_out):
+        if whitening is None:
+            direction[name] = layer.factorize(coefficients, rank)
+        else:
+            direction[name] = whitened_factorization(_with_moment(layer), coefficients, rank, whitening)
+    return direction
+
+
+def whitened_gramians(
+    folds: Sequence[Statistics], whitening: Whitening, *, leave_out: int | None = None
+) -> dict[str, Float[Tensor, "K K"]]:
+    """Return the inner products of every layer's whitened bases; each union of folds has a second moment of its own."""
+    return {
+        name: whitened_gramian(_with_moment(layer), whitening).cpu() for name, layer in _summed_layers(folds, leave_out)
+    }
 
 
 def calibrated_step(direction: Direction, *, eta: float, scaling: float) -> dict[str, Factors]:
@@ -100,6 +121,18 @@ def inner_products(folds: Sequence[Statistics], bases: int) -> Products:
         table += own
         layers[name] = own.sum((0, 2))
     return Products(table, rows, layers)
+
+
+def _summed_layers(folds: Sequence[Statistics], leave_out: int | None) -> Iterator[tuple[str, LayerStatistics]]:
+    """Yield every layer's name and its statistics over all folds, or over all but one."""
+    used = [fold for index, fold in enumerate(folds) if index != leave_out]
+    for name in used[0].layers:
+        yield name, _sum([fold.layers[name] for fold in used])
+
+
+def _with_moment(layer: LayerStatistics) -> MomentSketch | MomentGradient:
+    assert isinstance(layer, MomentSketch | MomentGradient), "the pass has not gathered second moments"
+    return layer
 
 
 def _sum(parts: Sequence[LayerStatistics]) -> LayerStatistics:

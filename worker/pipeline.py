@@ -22,7 +22,15 @@ from worker.batches import Batch, assign_folds, distinct_rows, make_batches
 from worker.calibration import Calibration, Evaluator, Held, alone, calibrate, calibration_batches, held_out
 from worker.combining import Mixture, combine, objective_gramian
 from worker.data import Example, needed
-from worker.factors import Direction, Factors, Products, calibrated_step, factorize, inner_products
+from worker.factors import (
+    Direction,
+    Factors,
+    Products,
+    calibrated_step,
+    factorize,
+    inner_products,
+    whitened_gramians,
+)
 from worker.models import BaseModel, layer_sizes
 from worker.objectives import (
     Basis,
@@ -39,6 +47,7 @@ from worker.sketch_files import load as load_statistics
 from worker.sketching import Shape, TestMatrices
 from worker.statistics import Statistics, activation_checkpointing, gather
 from worker.units import OnProgress
+from worker.whitening import OVERSAMPLING as WHITENED_OVERSAMPLING
 
 FOLDS = 4
 OVERSAMPLING = 4
@@ -157,7 +166,7 @@ def gather_statistics(
     ``made_from`` is the digest of the batches' file, if they are those of a shard.
     """
     matrices = TestMatrices(spec.seed, base.device)
-    shapes = sketch_shapes(targets, rank=spec.lora.r)
+    shapes = sketch_shapes(targets, spec)
     result = Gathered({}, [])
     count = PhaseCounter(Phase.STATISTICS, sum(len(batch.rows) for batch in batches), on_progress)
     with activation_checkpointing(base, enabled=settings.activation_checkpointing):
@@ -171,9 +180,10 @@ def gather_statistics(
 
             path = directory / f"fold-{fold}.safetensors"
             with SketchFile(
-                path, spec.statistics, shapes, bases=len(bases), matrices=matrices, made_from=made_from
+                path, kind_of_sums(spec), shapes, bases=len(bases), matrices=matrices, made_from=made_from
             ) as file:
-                file.finish(gather(base, targets, file.accumulators(), own, bases, on_batch=keep))
+                layers, mask = file.accumulators(), spec.whitening is not None
+                file.finish(gather(base, targets, layers, own, bases, on_batch=keep, mask_inputs=mask))
             result.sums[fold] = path
             # Where memory ran out a batch came in parts; they are put together again.
             result.scores.extend(Scores.concatenate(parts).split([len(batch.rows) for batch in own]))
@@ -203,13 +213,14 @@ def adapter_from(
     eta = accepted.eta if accepted else 0.0
 
     coefficients = objective_coefficients(objectives, one_pass.bases, one_pass.counts())
+    gramians = products.layers if spec.whitening is None else whitened_gramians(one_pass.statistics, spec.whitening)
     base_scores = Scores.concatenate([scores for fold in one_pass.held for _, scores in fold])
     return BuiltAdapter(
         factors=calibrated_step(direction, eta=eta, scaling=spec.lora.scaling),
         direction=direction,
         objectives=objectives,
         mixture=mixture,
-        layer_gramians={name: coefficients @ own @ coefficients.T for name, own in products.layers.items()},
+        layer_gramians={name: coefficients @ own @ coefficients.T for name, own in gramians.items()},
         noise_scales=_noise_scales(one_pass, products, objectives),
         folds=len(one_pass.statistics),
         calibration=calibration,
@@ -231,14 +242,22 @@ def combined_direction(
     coefficients = objective_coefficients(objectives, one_pass.bases, one_pass.counts(leave_out=leave_out))
     folds = [fold for fold in range(len(one_pass.statistics)) if fold != leave_out]
     names = [objective.type for objective in objectives]
-    mixture = combine(
-        objective_gramian(products.folds, coefficients, folds),
-        spec.combination,
-        names=names,
-        row_norms=torch.diagonal(coefficients @ products.rows @ coefficients.T),
+    gramian = objective_gramian(products.folds, coefficients, folds)
+    row_norms = torch.diagonal(coefficients @ products.rows @ coefficients.T)
+    if spec.whitening is not None:
+        own = whitened_gramians(one_pass.statistics, spec.whitening, leave_out=leave_out)
+        whitened = coefficients @ torch.stack(list(own.values())).sum(0) @ coefficients.T
+        # Rows' own norms are not whitened; what they are for, telling a gradient from rounding, stays as it is.
+        row_norms = row_norms * whitened.diagonal() / gramian.diagonal().clamp(min=torch.finfo(gramian.dtype).tiny)
+        gramian = whitened
+    mixture = combine(gramian, spec.combination, names=names, row_norms=row_norms)
+    return mixture, factorize(
+        one_pass.statistics,
+        mixture.basis_coefficients(coefficients),
+        rank=spec.lora.r,
+        leave_out=leave_out,
+        whitening=spec.whitening,
     )
-    basis_coefficients = mixture.basis_coefficients(coefficients)
-    return mixture, factorize(one_pass.statistics, basis_coefficients, rank=spec.lora.r, leave_out=leave_out)
 
 
 def pad_token(base: BaseModel) -> int:
@@ -247,15 +266,21 @@ def pad_token(base: BaseModel) -> int:
     return int(next(token for token in candidates if token is not None))
 
 
-def sketch_shape(module: nn.Module, *, rank: int) -> Shape:
+def sketch_shape(module: nn.Module, *, rank: int, oversampling: int = OVERSAMPLING) -> Shape:
     """Return the sizes of the sketch that a layer gets."""
     out_features, in_features = layer_sizes(module)
-    return Shape(out_features, in_features, min(OVERSAMPLING * rank, out_features, in_features))
+    return Shape(out_features, in_features, min(oversampling * rank, out_features, in_features))
 
 
-def sketch_shapes(targets: Mapping[str, nn.Module], *, rank: int) -> dict[str, Shape]:
+def sketch_shapes(targets: Mapping[str, nn.Module], spec: InitializationSpec) -> dict[str, Shape]:
     """Return the sizes of all layers' sketches."""
-    return {name: sketch_shape(module, rank=rank) for name, module in targets.items()}
+    oversampling = OVERSAMPLING if spec.whitening is None else WHITENED_OVERSAMPLING
+    return {name: sketch_shape(module, rank=spec.lora.r, oversampling=oversampling) for name, module in targets.items()}
+
+
+def kind_of_sums(spec: InitializationSpec) -> str:
+    """Return what is kept of every layer, as files of sums name it."""
+    return spec.statistics if spec.whitening is None else f"{spec.statistics}+moment"
 
 
 def _leave_one_out_directions(

@@ -23,7 +23,7 @@ from worker.data import Example
 from worker.evidence import Intake
 from worker.models import BaseModel
 from worker.objectives import Counts, Scores, bases_of, resolve_objectives
-from worker.pipeline import Pass, deal_batches, gather_statistics, pad_token, sketch_shapes
+from worker.pipeline import Pass, deal_batches, gather_statistics, kind_of_sums, pad_token, sketch_shapes
 from worker.progress import PhaseCounter
 from worker.shard_files import (
     FORMAT,
@@ -193,7 +193,7 @@ def merge(
     """
     bases = bases_of(resolve_objectives(spec.objectives, plan.rows.supervision))
     matrices = TestMatrices(spec.seed, base.device)
-    shapes = sketch_shapes(targets, rank=spec.lora.r)
+    shapes = sketch_shapes(targets, spec)
     folds = range(1 + max(fold for shard in plan.shards for fold in shard.folds))
     paths = [directory / f"merged-{fold}.safetensors" for fold in folds]
     chosen = _Chosen(plan, folds, spec.seed)
@@ -201,7 +201,7 @@ def merge(
     totals = [Counts() for _ in folds]
     with ExitStack() as stack:
         sums = [
-            stack.enter_context(SketchFile(path, spec.statistics, shapes, bases=len(bases), matrices=matrices))
+            stack.enter_context(SketchFile(path, kind_of_sums(spec), shapes, bases=len(bases), matrices=matrices))
             for path in paths
         ]
         waiting = iter(shards)

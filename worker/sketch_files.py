@@ -23,8 +23,14 @@ from worker.objectives import Counts
 from worker.shard_files import damaged, header, metadata
 from worker.sketching import DenseGradient, LayerStatistics, Shape, Sketch, TestMatrices
 from worker.statistics import Statistics
+from worker.whitening import MomentGradient, MomentSketch
 
-_KINDS: dict[str, type[Sketch] | type[DenseGradient]] = {"sketch": Sketch, "exact": DenseGradient}
+_KINDS: dict[str, type[Sketch] | type[DenseGradient]] = {
+    "sketch": Sketch,
+    "exact": DenseGradient,
+    "sketch+moment": MomentSketch,
+    "exact+moment": MomentGradient,
+}
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 _ROOM_FOR_COUNTS = 256
 

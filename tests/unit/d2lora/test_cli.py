@@ -5,7 +5,7 @@ import sys
 import pytest
 import typer
 
-from d2lora.initializations import Dpo, Kto, Orpo, Sft
+from d2lora.initializations import Dpo, Kto, Orpo, Sft, Whitening
 from d2lora.methods import Pissa
 from d2lora.options import _OPTIONS, build_spec
 from d2lora.roles import FIELDS, Role
@@ -83,6 +83,16 @@ def test_a_method_is_named_with_its_options():
     assert build_spec("m", "ds", options(method="gradient")).method == "gradient"
     with pytest.raises(typer.BadParameter, match="start: not used by method eva"):
         build_spec("m", "ds", options(method="eva", start="zero"))
+
+
+def test_whitening_takes_its_fields_by_name():
+    assert build_spec("m", "ds", options(whitening="default")).whitening == Whitening()
+    assert build_spec("m", "ds", options(whitening="power=1,damping=0.3")).whitening == Whitening(damping=0.3, power=1)
+    for wrong in ("power", "power=2", "damping=0", "strength=1"):
+        with pytest.raises(typer.BadParameter, match="whitening"):
+            build_spec("m", "ds", options(whitening=wrong))
+    with pytest.raises(typer.BadParameter, match="whitening: not used by method eva"):
+        build_spec("m", "ds", options(method="eva", whitening="default"))
 
 
 def test_what_is_not_given_keeps_its_default():

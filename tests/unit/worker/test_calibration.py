@@ -91,6 +91,6 @@ def test_one_row_has_no_standard_error_and_supports_nothing():
 
 
 def test_the_first_step_is_where_the_slope_alone_would_halve_the_loss():
-    eta = first_step([2.0, 1.0], torch.tensor([0.5, 0.5]).double(), energy=0.25)
+    eta = first_step([2.0, 1.0], torch.tensor([0.5, 0.5]).double(), slope=0.25)
 
     assert 0.25 * eta == pytest.approx(0.5 * (0.5 * 2.0 + 0.5 * 1.0))

@@ -144,8 +144,18 @@ FULL_SEQUENCE = [Sft(), {"type": "dpo"}, Orpo(nll="full_sequence")]
         ("llama", {"objectives": FULL_SEQUENCE}),
         ("gpt2", {}),
         ("gpt2", {"objectives": FULL_SEQUENCE, "statistics": "exact"}),
+        ("llama", {"whitening": {}}),
+        ("gpt2", {"whitening": {"power": 1.0}, "statistics": "exact"}),
     ],
-    ids=["llama-sketch", "llama-exact", "llama-full-sequence", "gpt2-sketch", "gpt2-full-sequence-exact"],
+    ids=[
+        "llama-sketch",
+        "llama-exact",
+        "llama-full-sequence",
+        "gpt2-sketch",
+        "gpt2-full-sequence-exact",
+        "llama-whitened",
+        "gpt2-whitened-exact",
+    ],
 )
 def test_the_adapter_of_seven_shards_is_the_unsharded_one_up_to_float_addition(
     model, changes, dataset, tmp_path, request
