@@ -199,6 +199,13 @@ class InitializationSpec(Frozen):
     lora: LoraSpec = LoraSpec()
     start: Literal["calibrated", "zero"] = "calibrated"
     statistics: Literal["sketch", "exact"] = "sketch"
+    rounds: int = Field(
+        default=1,
+        ge=1,
+        le=16,
+        description="steps at most; each further one has statistics of its own, gathered at the adapter so far in as "
+        "many passes as there are folds, and is kept only if held-out rows support it",
+    )
     max_length: int = Field(default=1024, ge=2, description="tokens of prompt and completion together")
     max_tokens_per_batch: int | None = Field(default=None, ge=1, description="the worker's setting when omitted")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -215,6 +222,12 @@ class InitializationSpec(Frozen):
             raise ValueError("objectives: each type may appear once")
         if isinstance(self.combination, Fixed) and len(self.combination.weights) != len(kinds):
             raise ValueError("combination.weights: one weight per entry of objectives is needed")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_take_steps(self) -> "InitializationSpec":
+        if self.rounds > 1 and self.start == "zero":
+            raise ValueError("rounds: a zero start takes no step from which another round could begin")
         return self
 
     @model_validator(mode="after")
@@ -240,7 +253,7 @@ class InitializationSpec(Frozen):
         return {name: value for name, value in fields.items() if name not in _GRADIENT_ONLY}
 
 
-_GRADIENT_ONLY = {"objectives", "combination", "whitening", "start", "statistics"}
+_GRADIENT_ONLY = {"objectives", "combination", "whitening", "start", "statistics", "rounds"}
 """Fields of a request that only our own method reads."""
 
 
@@ -287,6 +300,8 @@ class Phase(StrEnum):
     STATISTICS = "statistics"
     FACTORS = "factors"
     CALIBRATION = "calibration"
+    ROUNDS = "rounds"
+    """All rounds after the first; their passes and line searches count as one phase, which never goes back."""
     EVALUATION = "evaluation"
     PUBLISHING = "publishing"
 

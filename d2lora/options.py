@@ -36,6 +36,7 @@ _OPTIONS: dict[str, Any] = {
     ],
     "start": Annotated[str | None, typer.Option(help="calibrated or zero (default: calibrated)")],
     "statistics": Annotated[str | None, typer.Option(help="sketch or exact (default: sketch)")],
+    "rounds": Annotated[int | None, typer.Option(help="steps at most, each from statistics of its own (default: 1)")],
     "max_length": Annotated[int | None, typer.Option(help="tokens of a sequence (default: 1024)")],
     "max_tokens_per_batch": Annotated[int | None, typer.Option(help="padded tokens of one forward")],
     "dtype": Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16 (default: auto)")],

@@ -8,7 +8,7 @@ Shape legend
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -48,12 +48,24 @@ class Trial:
     objectives: dict[str, Change]
     nll: Change
     """Of the chosen completions, per token, whether SFT takes part or not."""
+    since_base: dict[str, Change] = field(default_factory=dict)
+    """Of the objectives from the base model on, where the step does not begin there."""
+
+    @property
+    def falls(self) -> bool:
+        """Whether Phi falls by more than its standard error."""
+        return self.combined.mean < -self.combined.error
+
+    @property
+    def risen(self) -> list[str]:
+        """The objectives that rise by more than their own standard error, in this step or since the base model."""
+        both = [*self.objectives.items(), *self.since_base.items()]
+        return list(dict.fromkeys(name for name, change in both if change.mean > change.error))
 
     @property
     def is_supported(self) -> bool:
         """Whether Phi falls by more than its standard error and no objective rises by more than its own."""
-        falls = self.combined.mean < -self.combined.error
-        return falls and all(change.mean <= change.error for change in self.objectives.values())
+        return self.falls and not self.risen
 
 
 @dataclass(frozen=True)
@@ -196,14 +208,17 @@ def trial(
     scales: Float[Tensor, " J"],
     base: Scores,
     stepped: Scores,
+    *,
+    before: Scores | None = None,
 ) -> Trial:
     """Return the change from ``base`` to ``stepped``, the same rows scored after a step of size eta.
 
-    ``scales`` are the weights of the un-normalized objectives, w_j / |G_j|.
+    ``scales`` are the weights of the un-normalized objectives, w_j / |G_j|. A step that does not begin at the base
+    model is measured from ``before``.
     """
 
-    def change(objective: Objective) -> Float[Tensor, " R"]:
-        return row_losses(objective, stepped, base) - row_losses(objective, base, base)
+    def change(objective: Objective, start: Scores = before or base) -> Float[Tensor, " R"]:
+        return row_losses(objective, stepped, base) - row_losses(objective, start, base)
 
     rows_JR = torch.stack([change(objective) for objective in objectives])
     return Trial(
@@ -211,6 +226,7 @@ def trial(
         combined=_change(scales.double() @ rows_JR),
         objectives={one.type: _change(rows) for one, rows in zip(objectives, rows_JR, strict=True)},
         nll=_change(change(Sft())),
+        since_base={one.type: _change(change(one, base)) for one in objectives} if before else {},
     )
 
 
@@ -242,9 +258,8 @@ def line_search(evaluate: Callable[[float], Trial], first: float, *, evaluations
         best = min(supported, key=lambda one: one.combined.mean)
         return Calibration(trials, best, "the step lowers the held-out objective by more than its standard error")
     best = min(trials, key=lambda one: one.combined.mean)
-    risen = [name for name, change in best.objectives.items() if change.mean > change.error]
-    if best.combined.mean < -best.combined.error and risen:
-        why = f"every step that lowers the combined objective raises {', '.join(risen)} on held-out rows"
+    if best.falls and best.risen:
+        why = f"every step that lowers the combined objective raises {', '.join(best.risen)} on held-out rows"
     else:
         why = "no step lowers the held-out objective by more than its standard error"
     return Calibration(trials, None, why)

@@ -10,11 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from torch import nn
+from torch import Tensor, nn
 
 from d2lora.initializations import Frozen, HeldOut, InitializationSpec, ResultSummary
 from d2lora.roles import MEASURING, Role, without_dataset_ids
 from d2lora.supervision import Supervision
+from worker.calibration import Calibration
 from worker.data import Encoded, Example
 from worker.models import BaseModel, weight_norm
 from worker.pipeline import BuiltAdapter
@@ -22,6 +23,8 @@ from worker.report import (
     CalibrationReport,
     ObjectiveReport,
     Report,
+    RoundReport,
+    RoundsReport,
     TrialReport,
     hardware,
     layer_report,
@@ -109,7 +112,8 @@ def make_report(
                 names, mixture.norms.tolist(), mixture.weights.tolist(), built.noise_scales, strict=True
             )
         ],
-        calibration=_calibration_report(built),
+        calibration=_first_calibration(built),
+        rounds=_rounds_report(built),
         layers={
             name: layer_report(
                 layer, built.layer_gramians[name], names, eta=built.eta, weight_norm=weight_norm(targets[name])
@@ -128,12 +132,17 @@ def _why_these(rows: Intake) -> str:
     return "all that the rows allow"
 
 
-def _calibration_report(built: BuiltAdapter) -> CalibrationReport | None:
+def _first_calibration(built: BuiltAdapter) -> CalibrationReport | None:
     if built.calibration is None:
         return None
+    rows = max(measured.rows for measured in built.held_out.values())
+    return _calibration_report(built.calibration, folds=built.folds, rows=rows)
+
+
+def _calibration_report(calibration: Calibration, *, folds: int, rows: int) -> CalibrationReport:
     return CalibrationReport(
-        folds=built.folds,
-        rows=max(measured.rows for measured in built.held_out.values()),
+        folds=folds,
+        rows=rows,
         trials=[
             TrialReport(
                 eta=trial.eta,
@@ -142,10 +151,36 @@ def _calibration_report(built: BuiltAdapter) -> CalibrationReport | None:
                 changes={name: _finite(change.mean) for name, change in trial.objectives.items()},
                 standard_errors={name: change.error for name, change in trial.objectives.items()},
             )
-            for trial in built.calibration.trials
+            for trial in calibration.trials
         ],
-        accepted_eta=built.eta or None,
-        reason=built.reason,
+        accepted_eta=calibration.accepted.eta if calibration.accepted else None,
+        reason=calibration.reason,
+    )
+
+
+def _rounds_report(built: BuiltAdapter) -> RoundsReport | None:
+    if built.further is None:
+        return None
+    names = [objective.type for objective in built.objectives]
+
+    def named(values: Tensor) -> dict[str, float]:
+        return {name: round_to(value) for name, value in zip(names, values.tolist(), strict=True)}
+
+    return RoundsReport(
+        rounds=[
+            RoundReport(
+                gradient_norms=named(one.mixture.norms),
+                weights=named(one.mixture.weights),
+                calibration=_calibration_report(
+                    one.calibration,
+                    folds=built.folds,
+                    rows=max(measured.rows for measured in one.held_out.values()),
+                ),
+                held_out=one.held_out,
+            )
+            for one in built.further.rounds
+        ],
+        stopped=built.further.stopped,
     )
 
 

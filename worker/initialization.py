@@ -47,8 +47,9 @@ def initialize(
 ) -> Result | Split:
     """Write the adapter's files into the existing directory ``out``, ``manifest.json`` last.
 
-    ``extras`` are the datasets that the request names besides its own. If the job may be split and has more than
-    ``settings.shard_tokens`` tokens, ``out`` gets the files of a `Split` instead, and the model has not run.
+    ``extras`` are the datasets that the request names besides its own. If the job may be split, has more than
+    ``settings.shard_tokens`` tokens and asks for one round, ``out`` gets the files of a `Split` instead, and the model
+    has not run.
 
     Raises:
         D2LoraError: the request, the rows, the model or the numbers do not allow an adapter; ``out`` has no manifest.
@@ -68,7 +69,8 @@ def initialize(
 
     if not isinstance(spec.method, str):
         return initialize_by_peft(subject, spec, encoded, rows, evaluation, out=out, settings=settings, clock=clock)
-    if may_split and count_tokens(needed(encoded.examples, objectives)) > settings.shard_tokens:
+    # Later rounds gather where the earlier ones led, so such a job stays whole.
+    if may_split and spec.rounds == 1 and count_tokens(needed(encoded.examples, objectives)) > settings.shard_tokens:
         return split(
             base,
             spec,

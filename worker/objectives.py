@@ -26,7 +26,15 @@ from torch.nn.functional import logsigmoid
 from d2lora.errors import ObjectiveUnavailable
 from d2lora.initializations import Dpo, Kto, Objective, Orpo, Sft
 from d2lora.supervision import Supervision, rows_needed
-from worker.preference_losses import dpo_losses, is_per_token, kto_losses, kto_slopes_at_start, slopes_at_start
+from worker.preference_losses import (
+    dpo_losses,
+    dpo_slopes,
+    is_per_token,
+    kto_losses,
+    kto_slopes,
+    kto_slopes_at_start,
+    slopes_at_start,
+)
 
 
 class Basis(StrEnum):
@@ -44,6 +52,10 @@ class Basis(StrEnum):
     """Sum of the gradients of log sigmoid(log-odds ratio), ORPO's second term."""
     SEQUENCE = "sequence"
     """Sum of grad log p(prompt and completion) over chosen sequences."""
+    DPO = "dpo"
+    """Sum of the gradients of the rows' DPO losses, at a policy that is not the reference (`Away`)."""
+    KTO = "kto"
+    """The same of KTO's."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,17 @@ class Counts:
         )
 
 
+@dataclass(frozen=True)
+class Away:
+    """What DPO and KTO look at besides a batch's scores, where the policy is no longer the reference."""
+
+    objectives: Sequence[Objective]
+    reference: Scores
+    """Of the same rows, under the base model."""
+    shift: float = 0.0
+    """KTO's reference point at the policy."""
+
+
 def count(scores: Scores) -> Counts:
     """Return the normalizers of the given rows."""
     tokens = int((scores.chosen_tokens * _imitated(scores)).sum())
@@ -125,11 +148,18 @@ def resolve_objectives(requested: Sequence[Objective] | None, supervision: Super
     return list(requested)
 
 
-def bases_of(objectives: Sequence[Objective]) -> tuple[Basis, ...]:
-    """Return the bases that the objectives are combinations of, without repetition."""
+def bases_of(objectives: Sequence[Objective], *, away: bool = False) -> tuple[Basis, ...]:
+    """Return the bases that the objectives are combinations of, without repetition.
+
+    ``away``: at a policy that is not the reference, where a row's share of DPO and KTO depends on its log-ratios.
+    """
     needed: list[Basis] = []
     for objective in objectives:
         match objective:
+            case Dpo() if away:
+                needed += [Basis.DPO]
+            case Kto() if away:
+                needed += [Basis.KTO]
             case Sft():
                 needed += [Basis.LIKELIHOOD]
             case Dpo():
@@ -155,8 +185,8 @@ def needs_mismatches(objectives: Sequence[Objective]) -> bool:
     return any(isinstance(objective, Kto) for objective in objectives)
 
 
-def sequence_weights(bases: Sequence[Basis], scores: Scores) -> Float[Tensor, "K S"]:
-    """Return how much of each sequence's ``grad L_s`` every basis takes; DPO's at policy == reference.
+def sequence_weights(bases: Sequence[Basis], scores: Scores, away: Away | None = None) -> Float[Tensor, "K S"]:
+    """Return how much of each sequence's ``grad L_s`` every basis takes; DPO's at policy == reference without ``away``.
 
     With paired rows the columns are all chosen, then all rejected sequences.
     """
@@ -178,6 +208,9 @@ def sequence_weights(bases: Sequence[Basis], scores: Scores) -> Float[Tensor, "K
                 chosen, rejected = _log_odds_ratio_slopes(scores)
                 flatness = torch.sigmoid(-log_odds_ratio(scores))
                 chosen, rejected = flatness * chosen, flatness * rejected
+            case Basis.DPO | Basis.KTO:
+                assert away is not None
+                chosen, rejected = _slopes_away(basis, scores, away)
             case _:
                 assert_never(basis)
         rows.append(chosen if scores.rejected_logps is None else torch.cat([chosen, rejected]))
@@ -193,6 +226,10 @@ def objective_coefficients(
         match objective:
             case Sft():
                 row[bases.index(Basis.LIKELIHOOD)] = -1.0 / counts.chosen_tokens
+            case Dpo() if Basis.DPO in bases:
+                row[bases.index(Basis.DPO)] = 1.0 / counts.rows
+            case Kto() if Basis.KTO in bases:
+                row[bases.index(Basis.KTO)] = 1.0 / counts.rows
             case Dpo():
                 # With slopes c and r: c L_chosen + r L_rejected = -r (L_chosen - L_rejected) + (c + r) L_chosen.
                 slopes = slopes_at_start(objective)
@@ -238,7 +275,7 @@ def row_losses(objective: Objective, scores: Scores, reference: Scores) -> Float
         case Kto():
             assert scores.desirable is not None
             log_ratios = scores.chosen_logps - reference.chosen_logps
-            return kto_losses(objective, log_ratios, scores.desirable, _shift_of_mismatches(scores, reference))
+            return kto_losses(objective, log_ratios, scores.desirable, shift_of_mismatches(scores, reference))
         case _:
             assert_never(objective)
 
@@ -252,6 +289,20 @@ def log_odds_ratio(scores: Scores) -> Float[Tensor, " R"]:
     """Return the log of the odds ratio on length-normalized probabilities, eq. 4 and 5 of [2]."""
     chosen, rejected = _mean_logps(scores)
     return (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+
+
+def _slopes_away(basis: Basis, scores: Scores, away: Away) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """Derivatives of the rows' DPO or KTO losses by the summed log-probabilities of chosen and rejected."""
+    (objective,) = (one for one in away.objectives if one.type == basis)
+    if isinstance(objective, Dpo):
+        assert scores.rejected_tokens is not None
+        per_token = is_per_token(objective)
+        chosen, rejected = dpo_slopes(objective, *_log_ratios(scores, away.reference, per_token=per_token))
+        return (chosen / scores.chosen_tokens, rejected / scores.rejected_tokens) if per_token else (chosen, rejected)
+    assert isinstance(objective, Kto)
+    assert scores.desirable is not None
+    log_ratios = scores.chosen_logps - away.reference.chosen_logps
+    return kto_slopes(objective, log_ratios, scores.desirable, away.shift), torch.zeros_like(log_ratios)
 
 
 def _log_odds_ratio_slopes(scores: Scores) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
@@ -297,7 +348,7 @@ def _imitated(scores: Scores) -> Bool[Tensor, " R"]:
     return torch.ones_like(scores.chosen_tokens, dtype=torch.bool) if scores.desirable is None else scores.desirable
 
 
-def _shift_of_mismatches(scores: Scores, reference: Scores) -> float:
+def shift_of_mismatches(scores: Scores, reference: Scores) -> float:
     """Return KTO's reference point: the mean log-ratio of mismatched completions, or 0 if that is negative.
 
     It is 0 at the start, where nothing needs to be scored.

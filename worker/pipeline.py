@@ -8,7 +8,7 @@ Shape legend
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -40,8 +40,10 @@ from worker.objectives import (
     objective_coefficients,
     resolve_objectives,
 )
+from worker.points import first_point
 from worker.progress import PhaseCounter
 from worker.report import noise_scale
+from worker.rounds import Rounds, Surroundings, further_rounds
 from worker.sketch_files import SketchFile
 from worker.sketch_files import load as load_statistics
 from worker.sketching import Shape, TestMatrices
@@ -96,6 +98,10 @@ class BuiltAdapter:
     reason: str
     """Why this start is delivered."""
     held_out: dict[str, HeldOut]
+    leave_one_out: list[Direction]
+    """Every fold's direction without its own rows, where further rounds may begin there."""
+    further: Rounds | None = None
+    """Rounds after the first; ``direction`` is then the whole update and ``eta`` is 1."""
 
 
 def build_adapter(
@@ -130,8 +136,47 @@ def build_adapter(
         [load_statistics(path, matrices) for path in gathered.sums.values()],
         [[fold[index] for index in indices] for fold, indices in zip(folds, chosen, strict=True)],
     )
-    return adapter_from(
+    built = adapter_from(
         one_pass, objectives, spec, evaluator=alone(base, targets, objectives, on_progress), on_progress=on_progress
+    )
+    if spec.rounds == 1 or not built.eta:
+        return built
+
+    def direction_of(statistics: Statistics, own: tuple[Basis, ...]) -> tuple[Mixture, Direction]:
+        products = inner_products([statistics], len(own))
+        return combined_direction(Pass(own, [statistics], []), products, objectives, spec)
+
+    around = Surroundings(
+        base,
+        targets,
+        spec,
+        objectives,
+        kind_of_sums(spec),
+        sketch_shapes(targets, spec),
+        list(zip(batches, gathered.scores, strict=True)),
+        one_pass.held,
+        direction_of,
+        settings.activation_checkpointing,
+        directory,
+    )
+    return _continued(built, around, on_progress)
+
+
+def _continued(first: BuiltAdapter, around: Surroundings, on_progress: OnProgress) -> BuiltAdapter:
+    """Return the adapter after further rounds: the first round's own, where no other is accepted."""
+    points = [first_point(direction, first.eta) for direction in first.leave_one_out]
+    further = further_rounds(around, first_point(first.direction, first.eta), points, on_progress=on_progress)
+    accepted = [one for one in further.rounds if one.calibration.accepted]
+    if not accepted:
+        return replace(first, further=further)
+    return replace(
+        first,
+        factors=calibrated_step(further.point, eta=1.0, scaling=around.spec.lora.scaling),
+        direction=further.point,
+        eta=1.0,
+        reason=f"{1 + len(accepted)} rounds lower the held-out objective, each by more than its standard error",
+        held_out=accepted[-1].held_out,
+        further=further,
     )
 
 
@@ -205,7 +250,7 @@ def adapter_from(
     """
     products = inner_products(one_pass.statistics, len(one_pass.bases))
     mixture, direction = combined_direction(one_pass, products, objectives, spec)
-    calibration = None
+    calibration, directions = None, []
     if spec.start == "calibrated" and len(one_pass.statistics) > 1:
         directions = _leave_one_out_directions(one_pass, products, objectives, spec, on_progress)
         calibration = calibrate(objectives, mixture, directions, one_pass.held, evaluator)
@@ -227,6 +272,7 @@ def adapter_from(
         eta=eta,
         reason=_reason(spec, calibration),
         held_out=held_out(objectives, base_scores, accepted),
+        leave_one_out=directions if spec.rounds > 1 else [],
     )
 
 

@@ -96,6 +96,14 @@ def dpo_losses(objective: Dpo, c: Float[Tensor, " R"], r: Float[Tensor, " R"]) -
     return _LOSSES[objective.loss_type].rows(objective.beta, objective.label_smoothing or 0.0, c, r)
 
 
+def dpo_slopes(
+    objective: Dpo, c: Float[Tensor, " R"], r: Float[Tensor, " R"]
+) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """Return the derivatives of the rows' losses by c and by r, at any policy."""
+    chosen, rejected = _slopes(lambda *ratios: dpo_losses(objective, *ratios), c, r)
+    return chosen, rejected
+
+
 def kto_losses(
     objective: Kto, log_ratios: Float[Tensor, " R"], desirable: Bool[Tensor, " R"], shift: float
 ) -> Float[Tensor, " R"]:
@@ -106,6 +114,22 @@ def kto_losses(
         objective.desirable_weight * torch.sigmoid(-gain),
         objective.undesirable_weight * torch.sigmoid(gain),
     )
+
+
+def kto_slopes(
+    objective: Kto, log_ratios: Float[Tensor, " R"], desirable: Bool[Tensor, " R"], shift: float
+) -> Float[Tensor, " R"]:
+    """Return the derivatives of the rows' losses by their log-ratios, at any policy; the shift is a constant."""
+    (slopes,) = _slopes(lambda own: kto_losses(objective, own, desirable, shift), log_ratios)
+    return slopes
+
+
+def _slopes(losses: Callable[..., Tensor], *log_ratios: Tensor) -> tuple[Tensor, ...]:
+    """Return the derivatives of each row's loss by its own log-ratios; a row's loss looks at no other row."""
+    leaves = [tensor.detach().requires_grad_() for tensor in log_ratios]
+    with torch.enable_grad():
+        total = losses(*leaves).sum()
+    return torch.autograd.grad(total, leaves)
 
 
 def kto_slopes_at_start(objective: Kto) -> tuple[float, float]:

@@ -16,3 +16,7 @@ class PhaseCounter:
         """Add to what is done."""
         self._done += amount
         self._on_progress(self._phase, min(self._done, self._total), self._total)
+
+    def up_to(self, done: int) -> None:
+        """Count what was not needed as done."""
+        self(max(0, done - self._done))

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from d2lora import __version__
-from d2lora.initializations import Frozen, InitializationSpec, ResultSummary
+from d2lora.initializations import Frozen, HeldOut, InitializationSpec, ResultSummary
 from d2lora.roles import Role
 from worker.sketching import LowRank
 
@@ -34,7 +34,7 @@ class LayerReport(Frozen):
     """One target layer."""
 
     singular_values: list[float]
-    """Of the combined direction, the r largest."""
+    """Of the combined direction, the r largest; after further rounds, here and in the next two, of the whole update."""
     energy_kept: float
     """Share of the combined direction's squared norm that rank r keeps."""
     sketch_error: float
@@ -66,6 +66,25 @@ class CalibrationReport(Frozen):
     trials: list[TrialReport]
     accepted_eta: float | None
     reason: str
+
+
+class RoundReport(Frozen):
+    """A round after the first, from the gradients at the adapter that the rounds before had led to."""
+
+    gradient_norms: dict[str, float]
+    """Of every objective there."""
+    weights: dict[str, float]
+    calibration: CalibrationReport
+    held_out: dict[str, HeldOut]
+    """Cross-validated: the base model, and the adapter as this round left it."""
+
+
+class RoundsReport(Frozen):
+    """The rounds after the first; ``objectives`` and ``calibration`` of the report are the first one's."""
+
+    rounds: list[RoundReport]
+    stopped: str
+    """Why there is no further one."""
 
 
 class PeftLayerReport(Frozen):
@@ -114,6 +133,8 @@ class Report(Frozen):
     """Pieces in which the statistics were gathered; 1 when one worker did it all."""
     objectives: list[ObjectiveReport]
     calibration: CalibrationReport | None
+    rounds: RoundsReport | None = None
+    """Where more than one was asked for and the first took a step."""
     layers: dict[str, LayerReport]
     peft: PeftReport | None = None
     """Instead of objectives, calibration and layers, where the method is one of PEFT's."""

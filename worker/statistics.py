@@ -23,7 +23,7 @@ from worker.batches import Batch
 from worker.devices import says_out_of_memory
 from worker.logprobs import sequence_logps, sequence_logps_and_gradient
 from worker.models import BaseModel
-from worker.objectives import Basis, Counts, Scores, count, sequence_weights
+from worker.objectives import Away, Basis, Counts, Scores, count, sequence_weights
 from worker.sketching import LayerStatistics
 
 
@@ -159,10 +159,12 @@ def gather(
     *,
     on_batch: Callable[[Batch, Scores], None],
     mask_inputs: bool = False,
+    away: Callable[[Batch], Away] | None = None,
 ) -> Counts:
     """Add the batches to ``layers`` and return what normalizes them; on request with inputs of 0 at padding.
 
-    ``on_batch`` is told of every batch when all of it has been added, with its rows' scores under the base model.
+    ``on_batch`` is told of every batch when all of it has been added, with its rows' scores under the model as it is.
+    ``away`` tells of a batch what its bases need where that is not the reference.
 
     Raises:
         NumericalFailure: a log-probability or a gradient is not finite; the message names the layer.
@@ -170,7 +172,9 @@ def gather(
     """
     counts = Counts()
     for batch in batches:
-        for part, scores in _add_batch(base, targets, layers, batch, bases, skip=frozenset(), mask_inputs=mask_inputs):
+        for part, scores in _add_batch(
+            base, targets, layers, batch, bases, away=away, skip=frozenset(), mask_inputs=mask_inputs
+        ):
             counts += count(scores)
             on_batch(part, scores)
     return counts
@@ -183,6 +187,7 @@ def _add_batch(
     batch: Batch,
     bases: Sequence[Basis],
     *,
+    away: Callable[[Batch], Away] | None,
     skip: frozenset[_Added],
     mask_inputs: bool,
 ) -> Iterator[tuple[Batch, Scores]]:
@@ -193,7 +198,7 @@ def _add_batch(
     """
     recorder = _Recorder(layers, skip, batch.paired, batch.attention_mask if mask_inputs else None)
     try:
-        scores = _forward_and_backward(base, targets, recorder, batch.to(base.device), bases)
+        scores = _forward_and_backward(base, targets, recorder, batch.to(base.device), bases, away)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -207,11 +212,18 @@ def _add_batch(
     if base.device.type == "cuda":
         torch.cuda.empty_cache()
     for half in batch.halves():
-        yield from _add_batch(base, targets, layers, half, bases, skip=skip | recorder.done, mask_inputs=mask_inputs)
+        yield from _add_batch(
+            base, targets, layers, half, bases, away=away, skip=skip | recorder.done, mask_inputs=mask_inputs
+        )
 
 
 def _forward_and_backward(
-    base: BaseModel, targets: Mapping[str, nn.Module], recorder: _Recorder, batch: Batch, bases: Sequence[Basis]
+    base: BaseModel,
+    targets: Mapping[str, nn.Module],
+    recorder: _Recorder,
+    batch: Batch,
+    bases: Sequence[Basis],
+    away: Callable[[Batch], Away] | None,
 ) -> Scores:
     with torch.enable_grad(), _differentiable_embeddings(base), _recording(targets, recorder):
         hidden = base.hidden_states(batch.input_ids, batch.attention_mask)
@@ -219,7 +231,7 @@ def _forward_and_backward(
             base.head, hidden, batch.input_ids, batch.completion_mask, vocabulary=base.vocabulary
         )
         scores = _scores(base, batch, logps)
-        recorder.weights = sequence_weights(bases, scores).to(base.device)
+        recorder.weights = sequence_weights(bases, scores, away(batch) if away else None).to(base.device)
         whole_sequences = Basis.SEQUENCE in bases
         hidden.backward(gradient, retain_graph=whole_sequences)
         if whole_sequences:
