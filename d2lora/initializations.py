@@ -186,6 +186,9 @@ class InitializationSpec(Frozen):
     eval_dataset_id: str | None = Field(
         default=None, max_length=64, description="rows that only measure the delivered adapter"
     )
+    retain_dataset_id: str | None = Field(
+        default=None, max_length=64, description="general text that the calibrated step may not worsen"
+    )
     method: Method = Field(
         default="gradient", description="ours, or an initializer of PEFT's; a name alone means its defaults"
     )
@@ -195,6 +198,12 @@ class InitializationSpec(Frozen):
     combination: Combination = Mgda()
     whitening: Whitening | None = Field(
         default=None, description="damp what most inputs share; {} for the defaults (docs/method.md, whitening)"
+    )
+    retain_tolerance: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="nats per token by which the loss of retain_dataset_id may rise; 0.01 when omitted",
     )
     lora: LoraSpec = LoraSpec()
     start: Literal["calibrated", "zero"] = "calibrated"
@@ -231,6 +240,20 @@ class InitializationSpec(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _retain_restrains_a_step(self) -> "InitializationSpec":
+        if self.retain_dataset_id is None:
+            if self.retain_tolerance is not None:
+                raise ValueError("retain_tolerance: without retain_dataset_id there is nothing to retain")
+            return self
+        if self.start == "zero":
+            raise ValueError("retain_dataset_id: with start zero there is no step that it could restrain")
+        if self.rounds > 1:
+            raise ValueError("retain_dataset_id: it restrains a single step; leave out rounds")
+        if self.whitening is not None:
+            raise ValueError("retain_dataset_id: it cannot be combined with whitening; leave out one of them")
+        return self
+
+    @model_validator(mode="after")
     def _the_method_uses_every_field(self) -> "InitializationSpec":
         if isinstance(self.method, str):
             return self
@@ -253,7 +276,16 @@ class InitializationSpec(Frozen):
         return {name: value for name, value in fields.items() if name not in _GRADIENT_ONLY}
 
 
-_GRADIENT_ONLY = {"objectives", "combination", "whitening", "start", "statistics", "rounds"}
+_GRADIENT_ONLY = {
+    "objectives",
+    "combination",
+    "whitening",
+    "retain_dataset_id",
+    "retain_tolerance",
+    "start",
+    "statistics",
+    "rounds",
+}
 """Fields of a request that only our own method reads."""
 
 
@@ -331,6 +363,18 @@ class HeldOut(Frozen):
     rows: int
 
 
+class Retained(Frozen):
+    """The loss per token of held-out retain rows, before and after."""
+
+    base: float
+    unrestrained: float = Field(description="of the adapter that would be delivered without retain rows")
+    adapter: float = Field(description="of the delivered adapter")
+    rows: int
+    tolerance: float
+    mu: float = Field(description="weight of the retain rows; 0 where the plain step keeps the tolerance")
+    strengths: list[float] = Field(description="eta mu as tried, over the mean eigenvalue of the second moment")
+
+
 class ResultSummary(Frozen):
     """The report in short: enough to decide whether to fetch the adapter."""
 
@@ -342,6 +386,7 @@ class ResultSummary(Frozen):
     cosines: dict[str, float] = Field(description="between gradients of two objectives, such as 'sft,dpo'")
     held_out: dict[str, HeldOut] = Field(description="cross-validated objective values, per objective")
     evaluation: dict[str, HeldOut] | None = Field(default=None, description="the delivered adapter on eval_dataset_id")
+    retained: Retained | None = Field(default=None, description="what was forgotten of retain_dataset_id")
     rows_used: int
     rows_truncated: int
     rows_dropped: int

@@ -34,6 +34,9 @@ _OPTIONS: dict[str, Any] = {
     "whitening": Annotated[
         str | None, typer.Option(help="default, or power=0.5,damping=0.1: whiten gradients by their inputs")
     ],
+    "retain_tolerance": Annotated[
+        float | None, typer.Option(help="nats per token by which the loss of --retain may rise (default: 0.01)")
+    ],
     "start": Annotated[str | None, typer.Option(help="calibrated or zero (default: calibrated)")],
     "statistics": Annotated[str | None, typer.Option(help="sketch or exact (default: sketch)")],
     "rounds": Annotated[int | None, typer.Option(help="steps at most, each from statistics of its own (default: 1)")],
@@ -49,6 +52,9 @@ _OPTIONS: dict[str, Any] = {
 _EXTRAS: dict[Role, Any] = {
     Role.EVALUATION: Annotated[
         Path | None, typer.Option("--eval", help="a file of rows that only measure the delivered adapter")
+    ],
+    Role.RETAIN: Annotated[
+        Path | None, typer.Option("--retain", help="a file of general text that the calibrated step may not worsen")
     ],
 }
 """The files of rows that the command line takes besides the dataset."""

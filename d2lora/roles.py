@@ -12,10 +12,13 @@ class Role(StrEnum):
 
     EVALUATION = "evaluation"
     """Rows that only measure the delivered adapter."""
+    RETAIN = "retain"
+    """General text that the adapter may not worsen."""
 
 
 FIELDS: dict[Role, str] = {
     Role.EVALUATION: "eval_dataset_id",
+    Role.RETAIN: "retain_dataset_id",
 }
 """Role -> the field of a request that names the dataset; a dot leads into an object."""
 

@@ -21,11 +21,17 @@ from worker.units import OnProgress
 
 def read_evaluation(base: BaseModel, spec: InitializationSpec, dataset: DatasetFile | None) -> list[Example] | None:
     """Return a dataset's rows if there is one; raise what `worker.data.encode_rows` and `resolve_objectives` do."""
+    examples = read_extra(base, spec, dataset)
+    if examples is not None:
+        resolve_objectives(spec.objectives, examples[0].supervision)
+    return examples
+
+
+def read_extra(base: BaseModel, spec: InitializationSpec, dataset: DatasetFile | None) -> list[Example] | None:
+    """Return a dataset's rows if there is one; raises what `worker.data.encode_rows` does."""
     if dataset is None:
         return None
-    encoded = encode_rows(read_rows(dataset), base.tokenizer, max_length=length_limit(base, spec)[0])
-    resolve_objectives(spec.objectives, encoded.examples[0].supervision)
-    return encoded.examples
+    return encode_rows(read_rows(dataset), base.tokenizer, max_length=length_limit(base, spec)[0]).examples
 
 
 def measure(

@@ -89,6 +89,7 @@ def make_report(
         cosines={pair: value for pair, value in pairwise_cosines(mixture.cosines, names).items() if value is not None},
         held_out=built.held_out,
         evaluation=evaluation,
+        retained=built.retained,
         rows_used=rows.used,
         rows_truncated=rows.truncated,
         rows_dropped=sum(rows.dropped.values()),

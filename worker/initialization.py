@@ -19,13 +19,14 @@ from worker import models
 from worker.adapters import write_adapter
 from worker.clock import Clock
 from worker.data import Example, encode_rows, needed
-from worker.evaluation import measure, read_evaluation
+from worker.evaluation import measure, read_evaluation, read_extra
 from worker.evidence import Intake, intake, make_report
 from worker.failures import translated_errors
 from worker.model_cache import Loader
 from worker.objectives import resolve_objectives
 from worker.peft_initialization import initialize_by_peft
-from worker.pipeline import BuiltAdapter, adapter_from, build_adapter, pad_token
+from worker.pipeline import BuiltAdapter, adapter_from, build_adapter, pad_token, tokens_per_batch
+from worker.retaining import restraint_from
 from worker.shard_files import damaged, read_batches, sha256
 from worker.sharding import count_tokens, gather_shard, merge, read_plan, split
 from worker.shared_calibration import shared, work_on
@@ -63,14 +64,16 @@ def initialize(
     # All that can be refused is refused before the pass.
     objectives = resolve_objectives(spec.objectives, encoded.examples[0].supervision)
     evaluation = read_evaluation(base, spec, extras.get(Role.EVALUATION))
+    retain = read_extra(base, spec, extras.get(Role.RETAIN))
     digests = {role: sha256(extra.path) for role, extra in extras.items()}
     rows = intake(encoded, sha256=sha256(dataset.path), extras=digests, warnings=warnings)
     clock(Phase.READING, 1, 1)
 
     if not isinstance(spec.method, str):
         return initialize_by_peft(subject, spec, encoded, rows, evaluation, out=out, settings=settings, clock=clock)
-    # Later rounds gather where the earlier ones led, so such a job stays whole.
-    if may_split and spec.rounds == 1 and count_tokens(needed(encoded.examples, objectives)) > settings.shard_tokens:
+    # Later rounds gather where the earlier ones led, and retain rows are measured here, so such jobs stay whole.
+    whole = spec.rounds > 1 or retain is not None
+    if may_split and not whole and count_tokens(needed(encoded.examples, objectives)) > settings.shard_tokens:
         return split(
             base,
             spec,
@@ -81,9 +84,25 @@ def initialize(
             on_progress=clock,
             seconds=clock.seconds,
         )
+    restraint = restraint_from(
+        base,
+        targets,
+        spec,
+        retain,
+        max_tokens=tokens_per_batch(base, spec, settings),
+        pad_token_id=pad_token(base),
+        on_progress=clock,
+    )
     with _statistics_directory(out) as directory:
         built = build_adapter(
-            base, targets, spec, encoded.examples, settings=settings, directory=directory, on_progress=clock
+            base,
+            targets,
+            spec,
+            encoded.examples,
+            settings=settings,
+            directory=directory,
+            on_progress=clock,
+            restraint=restraint,
         )
     return _deliver(subject, spec, rows, built, evaluation, shards=1, out=out, settings=settings, clock=clock)
 

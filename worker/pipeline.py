@@ -7,6 +7,7 @@ Shape legend
     J  objectives    K  bases
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase
+from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase, Retained
 from d2lora.settings import WorkerSettings
 from worker.batches import Batch, assign_folds, distinct_rows, make_batches
 from worker.calibration import Calibration, Evaluator, Held, alone, calibrate, calibration_batches, held_out
@@ -43,6 +44,7 @@ from worker.objectives import (
 from worker.points import first_point
 from worker.progress import PhaseCounter
 from worker.report import noise_scale
+from worker.retaining import Restraint, restrain
 from worker.rounds import Rounds, Surroundings, further_rounds
 from worker.sketch_files import SketchFile
 from worker.sketch_files import load as load_statistics
@@ -102,6 +104,8 @@ class BuiltAdapter:
     """Every fold's direction without its own rows, where further rounds may begin there."""
     further: Rounds | None = None
     """Rounds after the first; ``direction`` is then the whole update and ``eta`` is 1."""
+    retained: Retained | None = None
+    """What general text loses, if the request asks to retain any."""
 
 
 def build_adapter(
@@ -113,6 +117,7 @@ def build_adapter(
     settings: WorkerSettings,
     directory: Path,
     on_progress: OnProgress,
+    restraint: Restraint | None = None,
 ) -> BuiltAdapter:
     """Return the adapter for these rows; statistics wait in ``directory`` between the stages.
 
@@ -137,7 +142,12 @@ def build_adapter(
         [[fold[index] for index in indices] for fold, indices in zip(folds, chosen, strict=True)],
     )
     built = adapter_from(
-        one_pass, objectives, spec, evaluator=alone(base, targets, objectives, on_progress), on_progress=on_progress
+        one_pass,
+        objectives,
+        spec,
+        evaluator=alone(base, targets, objectives, on_progress),
+        on_progress=on_progress,
+        restraint=restraint,
     )
     if spec.rounds == 1 or not built.eta:
         return built
@@ -189,9 +199,14 @@ def deal_batches(
     return make_batches(
         examples,
         assign_folds(examples, folds=folds, seed=spec.seed),
-        max_tokens=spec.max_tokens_per_batch or settings.tokens_per_batch(base.device.type),
+        max_tokens=tokens_per_batch(base, spec, settings),
         pad_token_id=pad_token(base),
     )
+
+
+def tokens_per_batch(base: BaseModel, spec: InitializationSpec, settings: WorkerSettings) -> int:
+    """Return how many padded tokens a batch may have."""
+    return spec.max_tokens_per_batch or settings.tokens_per_batch(base.device.type)
 
 
 def gather_statistics(
@@ -242,6 +257,7 @@ def adapter_from(
     *,
     evaluator: Evaluator,
     on_progress: OnProgress,
+    restraint: Restraint | None = None,
 ) -> BuiltAdapter:
     """Return the adapter for the statistics of all rows, whoever gathered them; ``evaluator`` runs calibration.
 
@@ -250,10 +266,19 @@ def adapter_from(
     """
     products = inner_products(one_pass.statistics, len(one_pass.bases))
     mixture, direction = combined_direction(one_pass, products, objectives, spec)
-    calibration, directions = None, []
+    calibration, retained, directions = None, None, []
     if spec.start == "calibrated" and len(one_pass.statistics) > 1:
         directions = _leave_one_out_directions(one_pass, products, objectives, spec, on_progress)
-        calibration = calibrate(objectives, mixture, directions, one_pass.held, evaluator)
+
+        def search(others: Sequence[Direction]) -> Calibration:
+            return calibrate(objectives, mixture, others, one_pass.held, evaluator)
+
+        if restraint is None:
+            calibration = search(directions)
+        else:
+            outcome = restrain(direction, directions, search, restraint, rank=spec.lora.r)
+            calibration, direction, retained = outcome.calibration, outcome.direction, outcome.retained
+    direction = {name: layer.cut(spec.lora.r) for name, layer in direction.items()}
     accepted = calibration.accepted if calibration else None
     eta = accepted.eta if accepted else 0.0
 
@@ -273,6 +298,7 @@ def adapter_from(
         reason=_reason(spec, calibration),
         held_out=held_out(objectives, base_scores, accepted),
         leave_one_out=directions if spec.rounds > 1 else [],
+        retained=retained,
     )
 
 
@@ -300,7 +326,7 @@ def combined_direction(
     return mixture, factorize(
         one_pass.statistics,
         mixture.basis_coefficients(coefficients),
-        rank=spec.lora.r,
+        rank=_rank_of_directions(spec),
         leave_out=leave_out,
         whitening=spec.whitening,
     )
@@ -322,6 +348,12 @@ def sketch_shapes(targets: Mapping[str, nn.Module], spec: InitializationSpec) ->
     """Return the sizes of all layers' sketches."""
     oversampling = OVERSAMPLING if spec.whitening is None else WHITENED_OVERSAMPLING
     return {name: sketch_shape(module, rank=spec.lora.r, oversampling=oversampling) for name, module in targets.items()}
+
+
+def _rank_of_directions(spec: InitializationSpec) -> int:
+    """Return the rank that directions are made with; in exact mode retain rows restrain the whole gradient."""
+    whole = spec.retain_dataset_id is not None and spec.statistics == "exact"
+    return sys.maxsize if whole else spec.lora.r
 
 
 def kind_of_sums(spec: InitializationSpec) -> str:

@@ -252,6 +252,9 @@ def model_card(report: Report) -> str:
     ]
     for name, value in (summary.evaluation or {}).items():
         lines.append(f"| {name} (evaluation dataset) | {value.base:.4f} | {value.adapter:.4f} | {value.rows} |")
+    if summary.retained is not None:
+        kept = summary.retained
+        lines.append(f"| nll of retain rows | {kept.base:.4f} | {kept.adapter:.4f} | {kept.rows} |")
     lines += [
         "",
         f"Base weights: `{report.base_identity}`. Dataset: `sha256:{report.dataset_sha256}`. Details: `report.json`.",

@@ -169,9 +169,9 @@ def _line_search(
         measured[eta] = stepped
         return trial(eta, objectives, mixture.scales, reference, stepped, before=before)
 
-    energy = sum(layer.kept for step in directions for layer in step.values()) / len(directions)
+    slope = sum(layer.descent for step in directions for layer in step.values()) / len(directions)
     now, base = (
-        first_step([row_losses(one, scores, reference).mean().item() for one in objectives], mixture.scales, energy)
+        first_step([row_losses(one, scores, reference).mean().item() for one in objectives], mixture.scales, slope)
         for scores in (before, reference)
     )
     # Some losses fall below zero; the base model's are all above.

@@ -54,6 +54,8 @@ class LowRank:
 
     def cut(self, rank: int) -> "LowRank":
         """Return the best approximation of the given rank."""
+        if rank >= len(self.values):
+            return self
         return LowRank(self.left[:, :rank], self.values[:rank], self.right[:rank], self.energy, self.missed)
 
 

@@ -68,6 +68,8 @@ def test_a_file_for_every_role_can_be_named(role, rows, tmp_path):
 
 def test_files_become_dataset_ids():
     assert build_spec("m", "ds", options(), {Role.EVALUATION: "ds_2"}).eval_dataset_id == "ds_2"
+    retain = build_spec("m", "ds", options(retain_tolerance=0.1), {Role.RETAIN: "ds_3"})
+    assert (retain.retain_dataset_id, retain.retain_tolerance) == ("ds_3", 0.1)
 
 
 def test_an_objective_takes_its_fields_by_name():

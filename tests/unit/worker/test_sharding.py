@@ -64,6 +64,32 @@ def some_rows(count, *, paired=True, seed=0):
     return rows
 
 
+def test_a_job_with_retain_rows_is_not_cut_and_reports_what_is_forgotten(llama, dataset, tmp_path):
+    text = write_rows(tmp_path / "text.jsonl", [{"text": f"number {n} comes before {n + 1}"} for n in range(12)])
+    spec = spec_for(llama, retain_dataset_id="ds_general", retain_tolerance=0.02)
+    settings = settings_for(7, tokens_of(read_rows(dataset)))
+    out = tmp_path / "out"
+    out.mkdir()
+
+    result = initialize(
+        spec,
+        dataset,
+        {Role.RETAIN: text},
+        out=out,
+        settings=settings,
+        on_progress=lambda *_: None,
+        load=load,
+        may_split=True,
+    )
+
+    assert isinstance(result, Result)
+    retained = result.summary.retained
+    assert retained.adapter <= retained.base + 0.02
+    report = json.loads((out / "report.json").read_text())
+    assert report["extra_dataset_sha256"].keys() == {"retain"}
+    assert "| nll of retain rows |" in (out / "README.md").read_text()
+
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return DatasetFile(path, Format.JSONL)
