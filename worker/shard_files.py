@@ -26,7 +26,7 @@ from worker.factors import Direction
 from worker.objectives import Scores
 from worker.sketching import LowRank
 
-FORMAT = 4
+FORMAT = 5
 """Raised when a file's meaning changes, so that old and new workers never mix them up."""
 
 _KEY = "d2lora"

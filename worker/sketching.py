@@ -14,12 +14,15 @@ References:
         arXiv:1609.00048
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from worker.projections import FoldedMatrix, Remembered, orthonormal, random_signs
 
 _TRANSIENT_ELEMENTS = 2**20
 """Elements of the per-sequence products held at once; 4 MiB in float32."""
@@ -70,8 +73,11 @@ class Shape:
 
     @property
     def transposed(self) -> bool:
-        """Whether G^T is sketched, so that the wider sketch lies along the shorter side."""
-        return self.in_features > self.out_features
+        """Whether G^T is sketched: the wider sketch lies along the shorter side, of a square layer along its outputs.
+
+        So query, key and value layers have one product of their common inputs with psi.
+        """
+        return self.in_features >= self.out_features
 
     @property
     def longer(self) -> int:
@@ -89,38 +95,6 @@ class Shape:
         return min(2 * self.width, self.longer)
 
 
-@dataclass(frozen=True)
-class FoldedMatrix:
-    """A test matrix psi (P x L), in one or two blocks of rows.
-
-    A block cuts a vector into parts, adds these up with signs, and multiplies the sum by its ``mix``: folding costs an
-    addition per entry, and leaves the product only a part of the length. Signs keep squared norms unbiased
-    (E |psi g|^2 = P |g|^2). Entries that one block adds up lie apart in the other, since the lengths of their parts
-    have no common factor: no two entries are ever confused.
-    """
-
-    signs: Float[Tensor, " L"]
-    mixes: tuple[Float[Tensor, "_ _"], ...]
-    """Of every block, W x B: the length of its parts, and its rows; a single one with W = L is no fold at all."""
-
-    def of(self, rows: Float[Tensor, "*N L"]) -> Float[Tensor, "*N P"]:
-        """Return ``rows @ psi.T``."""
-        if len(self.mixes) == 1:
-            return rows @ self.mixes[0]
-        return torch.cat([self._folded(rows, len(mix)) @ mix for mix in self.mixes], dim=-1)
-
-    def dense(self) -> Float[Tensor, "P L"]:
-        """Return psi itself."""
-        return self.of(torch.eye(len(self.signs), device=self.signs.device)).T
-
-    def _folded(self, rows: Float[Tensor, "*N L"], part: int) -> Float[Tensor, "*N W"]:
-        folded = rows[..., :part] * self.signs[:part]
-        for start in range(part, len(self.signs), part):
-            end = min(start + part, len(self.signs))
-            folded[..., : end - start].addcmul_(rows[..., start:end], self.signs[start:end])
-        return folded
-
-
 @dataclass
 class TestMatrices:
     """Seeded test matrices, shared by all layers of equal sides: ``omega`` (M x Q) and ``psi`` (P x L).
@@ -135,6 +109,7 @@ class TestMatrices:
     device: torch.device
     _cache: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     _elsewhere: dict[torch.device, "TestMatrices"] = field(default_factory=dict)
+    _last: dict[str, Remembered] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> "TestMatrices":
         """Return the same matrices on another device, for the layers of a spread model that lie there."""
@@ -160,24 +135,27 @@ class TestMatrices:
         blocks = ((shorter, rows // 2), (shorter + 2, rows - rows // 2))  # odd numbers two apart have no common factor
         return FoldedMatrix(self._kept("signs", length, 1)[:, 0], tuple(self._kept("mix", *block) for block in blocks))
 
+    def omega_of(self, shape: Shape, rows: Float[Tensor, "*N M"]) -> Float[Tensor, "*N Q"]:
+        """Return ``rows @ omega`` in float32, computed once if several layers in turn have the same inputs."""
+        return self._once("omega", (shape.shorter, shape.width), rows, lambda rows: rows @ self.omega(shape))
+
+    def psi_of(self, shape: Shape, rows: Float[Tensor, "*N L"]) -> Float[Tensor, "*N P"]:
+        """Return ``rows @ psi.T`` in float32, computed once if several layers in turn have the same inputs."""
+        return self._once("psi", (shape.longer, shape.corange_width), rows, self.psi(shape).of)
+
+    def _once(self, role: str, size: tuple[int, int], rows: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+        last = self._last.get(role)
+        if last is None or not last.is_of(rows, size):
+            last = self._last[role] = Remembered.of(rows, size, product(rows.float()))
+        return last.product
+
     def _kept(self, role: str, rows: int, columns: int) -> Tensor:
         key = (role, rows, columns)
         if key not in self._cache:
             generator = torch.Generator().manual_seed(self.seed * 3 + ("omega", "mix", "signs", "moment").index(role))
-            make = _signs if role == "signs" else _orthonormal
+            make = random_signs if role == "signs" else orthonormal
             self._cache[key] = make(rows, columns, generator).to(self.device)
         return self._cache[key]
-
-
-def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Float[Tensor, "N M"]:
-    gaussian = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-    q, r = torch.linalg.qr(gaussian)
-    q = q * torch.sign(torch.diagonal(r))  # makes the distribution uniform (Haar)
-    return (q * rows**0.5).float()
-
-
-def _signs(rows: int, columns: int, generator: torch.Generator) -> Float[Tensor, "N M"]:
-    return torch.randint(0, 2, (rows, columns), generator=generator) * 2.0 - 1.0
 
 
 @dataclass
@@ -219,30 +197,28 @@ class Sketch:
         """
         left, right = (inputs, output_grads) if self.shape.transposed else (output_grads, inputs)
         halves = 2 if paired else 1
+        of_omega_HRQT = self.matrices.omega_of(self.shape, right).mT.unflatten(0, (halves, -1))
+        of_psi_HRPT = self.matrices.psi_of(self.shape, left).mT.unflatten(0, (halves, -1))
         left_HRTL = left.unflatten(0, (halves, -1))
         right_HRTM = right.unflatten(0, (halves, -1))
-        weights_KHR = weights.unflatten(1, (halves, -1))
-        omega, psi = self.matrices.omega(self.shape), self.matrices.psi(self.shape)
+        weights_HKR = weights.unflatten(1, (halves, -1)).transpose(0, 1)
         range_sums, corange_sums = (sums.view(len(weights), -1) for sums in (self.range_sketch, self.corange_sketch))
         per_row = halves * (self.range_sketch[0].numel() + self.corange_sketch[0].numel())
         step = max(1, _TRANSIENT_ELEMENTS // per_row)
         for start in range(0, left_HRTL.shape[1], step):
             rows = slice(start, start + step)
-            weights_KHr = weights_KHR[:, :, rows]
             coranges = []
             for half in range(halves):  # whose rows lie together, so that no copy is made
-                left_rTL, right_rTM = left_HRTL[half, rows].float(), right_HRTM[half, rows].float()
-                weights_Kr = weights_KHr[:, half].float()
-                range_sums.addmm_(weights_Kr, ((right_rTM @ omega).mT @ left_rTL).flatten(1))
-                corange_rN = (psi.of(left_rTL).mT @ right_rTM).flatten(1)
+                weights_Kr = weights_HKR[half, :, rows].float()
+                range_sums.addmm_(weights_Kr, (of_omega_HRQT[half, rows] @ left_HRTL[half, rows].float()).flatten(1))
+                corange_rN = (of_psi_HRPT[half, rows] @ right_HRTM[half, rows].float()).flatten(1)
                 corange_sums.addmm_(weights_Kr, corange_rN)
                 coranges.append(corange_rN)
-            products_rHH = torch.stack(
-                [torch.stack([torch.linalg.vecdot(g, h) for h in coranges], 1) for g in coranges], 1
-            )
-            self.row_gramian += weigh_row_products(
-                weights_KHr.double(), products_rHH.double() / self.shape.corange_width
-            )
+            for g, one in enumerate(coranges):
+                for h, other in enumerate(coranges[: g + 1]):
+                    products_r = torch.linalg.vecdot(one, other).double() / self.shape.corange_width
+                    between_KK = (weights_HKR[g, :, rows] * products_r) @ weights_HKR[h, :, rows].double().T
+                    self.row_gramian += between_KK if g == h else between_KK + between_KK.T
 
     def inner_products(self, other: "Sketch") -> Float[Tensor, "K K"]:
         """Return unbiased estimates of ``<G_j, G'_k>`` between the gradients of two sketches; float64."""

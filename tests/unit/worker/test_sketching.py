@@ -123,6 +123,32 @@ def test_rows_processed_in_several_chunks_give_the_same_sums(monkeypatch):
         torch.testing.assert_close(chunked.tensors()[name], tensor, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sides", [(16, 24), (24, 24), (32, 24)])
+def test_layers_with_the_same_inputs_share_products_and_nothing_else(sides):
+    matrices, other = TestMatrices(0, CPU), TestMatrices(0, CPU)
+    shape = Shape(*sides, width=4)
+    products = []
+    inputs, _, weights = random_batch(*sides, rows=2, tokens=3, seed=0)
+    for seed in range(4):
+        grads = random_batch(*sides, rows=2, tokens=3, seed=seed)[1]
+        if seed == 2:
+            inputs *= 2  # in place: the same tensor, and no longer the same numbers
+        if seed == 3:
+            # Another tensor, where possible at the address of the one that is gone.
+            address, inputs = inputs.data_ptr(), None
+            kept = [torch.randn(4, 3, 24) for _ in range(8)]
+            inputs = next((one for one in kept if one.data_ptr() == address), kept[0])
+        sharing, alone = Sketch.empty(shape, 3, matrices), Sketch.empty(shape, 3, other)
+
+        sharing.add(inputs.detach(), grads, weights, paired=True)
+        alone.add(inputs.clone(), grads, weights, paired=True)
+
+        products.append((matrices.psi_of if shape.transposed else matrices.omega_of)(shape, inputs))
+        for name, tensor in alone.tensors().items():
+            assert torch.equal(sharing.tensors()[name], tensor), (seed, name)
+    assert products[0] is products[1]
+
+
 @pytest.mark.parametrize("paired", [True, False])
 def test_the_row_gramian_sums_the_inner_products_of_each_rows_own_gradients(paired):
     inputs, grads, weights = random_batch(10, 14, rows=5, tokens=4, seed=5, paired=paired)
