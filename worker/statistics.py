@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from d2lora.errors import NumericalFailure, OutOfMemory
-from worker.batches import Batch
+from worker.batches import Batch, groups_by_length
 from worker.devices import says_out_of_memory
 from worker.logprobs import sequence_logps, sequence_logps_and_gradient
 from worker.models import BaseModel
@@ -277,15 +277,20 @@ def score(base: BaseModel, batch: Batch, *, with_prompt: bool = False) -> Scores
 
 
 def _score(base: BaseModel, batch: Batch, *, with_prompt: bool) -> Scores:
+    """Return the scores; sequences run beside those of similar length, since chosen and rejected may differ much."""
+    prompt_mask = _prompt_mask(batch)
+    masks = [batch.completion_mask, *([prompt_mask] if with_prompt else [])]
+    logps, *prompt_logps = (torch.empty(len(mask), dtype=torch.float64) for mask in masks)
     with torch.no_grad():
-        hidden = base.hidden_states(batch.input_ids, batch.attention_mask)
-        logps = sequence_logps(base.head, hidden, batch.input_ids, batch.completion_mask, vocabulary=base.vocabulary)
-        scores = _scores(base, batch, logps)
-        if not with_prompt:
-            return scores
-        mask = _prompt_mask(batch)
-        prompt_logps = sequence_logps(base.head, hidden, batch.input_ids, mask, vocabulary=base.vocabulary)
-    return _with_prompt(scores, prompt_logps, mask)
+        for group, length in groups_by_length(batch.attention_mask.sum(1).tolist()):
+            ids = batch.input_ids[group, :length]
+            hidden = base.hidden_states(ids, batch.attention_mask[group, :length])
+            for into, mask in zip([logps, *prompt_logps], masks, strict=True):
+                into[group] = sequence_logps(
+                    base.head, hidden, ids, mask[group, :length], vocabulary=base.vocabulary
+                ).cpu()
+    scores = _scores(base, batch, logps)
+    return _with_prompt(scores, prompt_logps[0], prompt_mask) if with_prompt else scores
 
 
 def _single_row_too_large(batch: Batch) -> OutOfMemory:

@@ -248,6 +248,26 @@ def test_a_forward_alone_scores_as_the_pass_does():
     torch.testing.assert_close(scored.rejected_logps, told[0].rejected_logps)
 
 
+def test_scores_of_sides_that_differ_in_length_are_the_passs_and_cost_little_padding(monkeypatch):
+    model, rows = tiny_llama(), reference_rows(6, paired=True, longest=40)
+    (batch,) = one_fold(rows)
+    told, run = [], []
+    base, targets = as_base(model), targets_of(model)
+    bases = bases_of([Orpo(nll="full_sequence")])
+    layers = empty(targets, Sketch, bases=len(bases))
+    gather(base, targets, layers, [batch], bases, on_batch=lambda _, s: told.append(s))
+    hidden_states = type(base).hidden_states
+    monkeypatch.setattr(
+        type(base), "hidden_states", lambda self, ids, mask: run.append(ids.numel()) or hidden_states(self, ids, mask)
+    )
+
+    scored = score(base, batch, with_prompt=True)
+
+    for name, tensor in scored.tensors().items():
+        torch.testing.assert_close(tensor, told[0].tensors()[name], rtol=1e-5, atol=1e-5)
+    assert batch.input_ids.numel() > batch.attention_mask.sum() / 0.7 > sum(run)
+
+
 def test_scoring_takes_halves_when_memory_runs_out():
     model, rows = tiny_llama(), reference_rows(5, paired=True)
     (batch,) = one_fold(rows)
