@@ -8,143 +8,64 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationInfo,
-    field_validator,
     model_serializer,
     model_validator,
 )
 
 from d2lora.errors import Problem
 from d2lora.methods import NEEDS_FLOAT, Method, Orthogonal
+from d2lora.objectives import (
+    Combination,
+    Dpo,
+    DpoLoss,
+    Fixed,
+    Frozen,
+    ImtlG,
+    Kto,
+    Mean,
+    Mgda,
+    Objective,
+    Orpo,
+    Sft,
+    UpGrad,
+)
 
-
-class Frozen(BaseModel):
-    """Base of everything that crosses a process: immutable, and a misspelt field is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Sft(Frozen):
-    """Mean negative log-probability over completion tokens, as TRL's SFTTrainer."""
-
-    type: Literal["sft"] = "sft"
-
-
-DpoLoss = Literal[
-    "sigmoid",
-    "sigmoid_norm",
-    "hinge",
-    "ipo",
-    "robust",
-    "exo_pair",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
+__all__ = [
+    "Adapter",
+    "AdapterFile",
+    "Combination",
+    "Dpo",
+    "DpoLoss",
+    "Fixed",
+    "Frozen",
+    "HeldOut",
+    "ImtlG",
+    "Initialization",
+    "InitializationSpec",
+    "Kto",
+    "LoraSpec",
+    "Mean",
+    "Mgda",
+    "Objective",
+    "Orpo",
+    "Phase",
+    "Progress",
+    "Quantization",
+    "Result",
+    "ResultFile",
+    "ResultSummary",
+    "Retained",
+    "Sft",
+    "State",
+    "UpGrad",
+    "Whitening",
 ]
-"""TRL's ``loss_type`` of these names; docs/method.md, section 1, says why the others are not among them."""
-
-_SMOOTHED = frozenset({"robust", "exo_pair"})
-
-
-class Dpo(Frozen):
-    """A DPO loss with the base model as its reference, by default sigmoid (arXiv:2305.18290, eq. 7)."""
-
-    type: Literal["dpo"] = "dpo"
-    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
-    loss_type: DpoLoss = Field(
-        default="sigmoid", description="named as in TRL; sigmoid_norm and ipo take the mean over tokens"
-    )
-    label_smoothing: float | None = Field(
-        default=None,
-        gt=0,
-        lt=0.5,
-        description="for robust, the probability that a label is flipped; for exo_pair, its epsilon; else omitted",
-        validate_default=True,
-    )
-
-    @field_validator("label_smoothing")
-    @classmethod
-    def _label_smoothing_fits_the_loss(cls, value: float | None, info: ValidationInfo) -> float | None:
-        loss = info.data.get("loss_type")
-        if loss in _SMOOTHED and value is None:
-            raise ValueError(f"loss_type {loss} needs it")
-        if loss is not None and loss not in _SMOOTHED and value is not None:
-            raise ValueError(f"loss_type {loss} has none; {' and '.join(sorted(_SMOOTHED))} do")
-        return value
-
-
-class Orpo(Frozen):
-    """Negative log-likelihood plus ``beta`` times the odds-ratio loss (arXiv:2403.07691, eq. 6)."""
-
-    type: Literal["orpo"] = "orpo"
-    beta: float = Field(default=0.1, gt=0, description="lambda of the paper, named as in TRL")
-    nll: Literal["completion", "full_sequence"] = Field(
-        default="completion",
-        description="which tokens of the chosen sequence the likelihood term covers; TRL's is full_sequence",
-    )
-
-
-class Kto(Frozen):
-    """KTO with the base model as its reference (arXiv:2402.01306, eq. 7), on rows with a label."""
-
-    type: Literal["kto"] = "kto"
-    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
-    desirable_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="of rows whose label is true")
-    undesirable_weight: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="of rows whose label is false"
-    )
 
 
 Quantization = Literal["4bit", "8bit"]
 """How the linear layers of a base model are stored: NF4, or LLM.int8; by bitsandbytes."""
-
-Objective = Annotated[Sft | Dpo | Orpo | Kto, Field(discriminator="type")]
-
-
-class Mgda(Frozen):
-    """The min-norm point of the normalized gradients' convex hull."""
-
-    type: Literal["mgda"] = "mgda"
-
-
-class UpGrad(Frozen):
-    """Each gradient projected onto the dual cone of all, then averaged (arXiv:2406.16232)."""
-
-    type: Literal["upgrad"] = "upgrad"
-
-
-class ImtlG(Frozen):
-    """Equal projections onto every normalized gradient."""
-
-    type: Literal["imtl_g"] = "imtl_g"
-
-
-class Mean(Frozen):
-    """Equal weights on the normalized gradients."""
-
-    type: Literal["mean"] = "mean"
-
-
-class Fixed(Frozen):
-    """Weights of the normalized gradients, one per objective, in the order of ``objectives``."""
-
-    type: Literal["fixed"] = "fixed"
-    weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _some_weight_is_positive(self) -> "Fixed":
-        if not sum(self.weights) > 0:
-            raise ValueError("at least one weight must be positive")
-        return self
-
-
-Combination = Annotated[Mgda | UpGrad | ImtlG | Mean | Fixed, Field(discriminator="type")]
 
 
 class Whitening(Frozen):
@@ -208,6 +129,13 @@ class InitializationSpec(Frozen):
     lora: LoraSpec = LoraSpec()
     start: Literal["calibrated", "zero"] = "calibrated"
     statistics: Literal["sketch", "exact"] = "sketch"
+    second_pass_above: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="gather layers whose estimated relative sketch error is above this a second time, in the range "
+        "that the first pass has found; 0 for all layers, no second pass when omitted",
+    )
     rounds: int = Field(
         default=1,
         ge=1,
@@ -231,6 +159,20 @@ class InitializationSpec(Frozen):
             raise ValueError("objectives: each type may appear once")
         if isinstance(self.combination, Fixed) and len(self.combination.weights) != len(kinds):
             raise ValueError("combination.weights: one weight per entry of objectives is needed")
+        return self
+
+    @model_validator(mode="after")
+    def _a_second_pass_has_a_sketch_to_refine(self) -> "InitializationSpec":
+        if self.second_pass_above is None:
+            return self
+        if self.statistics == "exact":
+            raise ValueError("second_pass_above: exact statistics have no sketch error to lower")
+        if self.whitening is not None:
+            raise ValueError("second_pass_above: not offered together with whitening")
+        if self.retain_dataset_id is not None:
+            raise ValueError("second_pass_above: not offered together with retain_dataset_id")
+        if self.rounds > 1:
+            raise ValueError("second_pass_above: not offered together with rounds")
         return self
 
     @model_validator(mode="after")
@@ -284,6 +226,7 @@ _GRADIENT_ONLY = {
     "retain_tolerance",
     "start",
     "statistics",
+    "second_pass_above",
     "rounds",
 }
 """Fields of a request that only our own method reads."""
@@ -332,6 +275,8 @@ class Phase(StrEnum):
     STATISTICS = "statistics"
     FACTORS = "factors"
     CALIBRATION = "calibration"
+    REFINEMENT = "refinement"
+    """The second pass, over some or all layers."""
     ROUNDS = "rounds"
     """All rounds after the first; their passes and line searches count as one phase, which never goes back."""
     EVALUATION = "evaluation"
@@ -391,7 +336,7 @@ class ResultSummary(Frozen):
     rows_truncated: int
     rows_dropped: int
     fingerprint: str = Field(description="sha256 over all that decides the adapter")
-    warnings: list[str] = []
+    warnings: list[str] = Field(default=[])
 
 
 class Result(Frozen):

@@ -39,6 +39,10 @@ _OPTIONS: dict[str, Any] = {
     ],
     "start": Annotated[str | None, typer.Option(help="calibrated or zero (default: calibrated)")],
     "statistics": Annotated[str | None, typer.Option(help="sketch or exact (default: sketch)")],
+    "second_pass_above": Annotated[
+        float | None,
+        typer.Option(help="gather layers of a larger relative sketch error twice; 0 for all (default: none)"),
+    ],
     "rounds": Annotated[int | None, typer.Option(help="steps at most, each from statistics of its own (default: 1)")],
     "max_length": Annotated[int | None, typer.Option(help="tokens of a sequence (default: 1024)")],
     "max_tokens_per_batch": Annotated[int | None, typer.Option(help="padded tokens of one forward")],

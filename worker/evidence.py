@@ -117,7 +117,12 @@ def make_report(
         rounds=_rounds_report(built),
         layers={
             name: layer_report(
-                layer, built.layer_gramians[name], names, eta=built.eta, weight_norm=weight_norm(targets[name])
+                layer,
+                built.layer_gramians[name],
+                names,
+                eta=built.eta,
+                weight_norm=weight_norm(targets[name]),
+                passes=2 if name in built.refined else 1,
             )
             for name, layer in built.direction.items()
         },

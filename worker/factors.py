@@ -127,7 +127,7 @@ def _summed_layers(folds: Sequence[Statistics], leave_out: int | None) -> Iterat
     """Yield every layer's name and its statistics over all folds, or over all but one."""
     used = [fold for index, fold in enumerate(folds) if index != leave_out]
     for name in used[0].layers:
-        yield name, _sum([fold.layers[name] for fold in used])
+        yield name, summed([fold.layers[name] for fold in used])
 
 
 def _with_moment(layer: LayerStatistics) -> MomentSketch | MomentGradient:
@@ -135,7 +135,7 @@ def _with_moment(layer: LayerStatistics) -> MomentSketch | MomentGradient:
     return layer
 
 
-def _sum(parts: Sequence[LayerStatistics]) -> LayerStatistics:
+def summed(parts: Sequence[LayerStatistics]) -> LayerStatistics:
     """Return the statistics of all parts' rows together."""
     first = parts[0]
     tensors = [part.tensors() for part in parts]

@@ -49,7 +49,7 @@ def initialize(
     """Write the adapter's files into the existing directory ``out``, ``manifest.json`` last.
 
     ``extras`` are the datasets that the request names besides its own. If the job may be split, has more than
-    ``settings.shard_tokens`` tokens and asks for one round, ``out`` gets the files of a `Split` instead, and the model
+    ``settings.shard_tokens`` tokens and asks for one pass, ``out`` gets the files of a `Split` instead, and the model
     has not run.
 
     Raises:
@@ -71,8 +71,8 @@ def initialize(
 
     if not isinstance(spec.method, str):
         return initialize_by_peft(subject, spec, encoded, rows, evaluation, out=out, settings=settings, clock=clock)
-    # Later rounds gather where the earlier ones led, and retain rows are measured here, so such jobs stay whole.
-    whole = spec.rounds > 1 or retain is not None
+    # Later passes depend on what the earlier ones found, and retain rows are measured here, so such jobs stay whole.
+    whole = spec.rounds > 1 or spec.second_pass_above is not None or retain is not None
     if may_split and not whole and count_tokens(needed(encoded.examples, objectives)) > settings.shard_tokens:
         return split(
             base,

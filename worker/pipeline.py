@@ -46,6 +46,7 @@ from worker.progress import PhaseCounter
 from worker.report import noise_scale
 from worker.retaining import Restraint, restrain
 from worker.rounds import Rounds, Surroundings, further_rounds
+from worker.second_pass import inaccurate_layers, refined
 from worker.sketch_files import SketchFile
 from worker.sketch_files import load as load_statistics
 from worker.sketching import Shape, TestMatrices
@@ -102,6 +103,8 @@ class BuiltAdapter:
     held_out: dict[str, HeldOut]
     leave_one_out: list[Direction]
     """Every fold's direction without its own rows, where further rounds may begin there."""
+    refined: frozenset[str] = frozenset()
+    """Layers whose direction is from a second pass."""
     further: Rounds | None = None
     """Rounds after the first; ``direction`` is then the whole update and ``eta`` is 1."""
     retained: Retained | None = None
@@ -149,6 +152,24 @@ def build_adapter(
         on_progress=on_progress,
         restraint=restraint,
     )
+    above = spec.second_pass_above
+    if above is not None and (layers := inaccurate_layers(built.direction, above)):
+        coefficients = built.mixture.basis_coefficients(objective_coefficients(objectives, bases, one_pass.counts()))
+        better = refined(
+            base,
+            targets,
+            one_pass.statistics,
+            coefficients,
+            batches,
+            bases,
+            layers,
+            rank=spec.lora.r,
+            checkpointing=settings.activation_checkpointing,
+            on_progress=on_progress,
+        )
+        direction = {**built.direction, **better}
+        factors = calibrated_step(direction, eta=built.eta, scaling=spec.lora.scaling)
+        return replace(built, direction=direction, factors=factors, refined=frozenset(better))
     if spec.rounds == 1 or not built.eta:
         return built
 

@@ -39,6 +39,8 @@ class LayerReport(Frozen):
     """Share of the combined direction's squared norm that rank r keeps."""
     sketch_error: float
     """Estimated relative error of the sketched direction before the cut to rank r; 0 in exact mode."""
+    passes: int = 1
+    """2 where a second pass has refined the direction."""
     relative_magnitude: float
     """|s B A| / |W|, Frobenius norms."""
     gradient_norms: dict[str, float]
@@ -145,7 +147,13 @@ class Report(Frozen):
 
 
 def layer_report(
-    direction: LowRank, gramian: Float[Tensor, "J J"], names: Sequence[str], *, eta: float, weight_norm: float
+    direction: LowRank,
+    gramian: Float[Tensor, "J J"],
+    names: Sequence[str],
+    *,
+    eta: float,
+    weight_norm: float,
+    passes: int,
 ) -> LayerReport:
     """Return the report of one layer whose direction was cut to rank r; ``gramian`` is that of its objectives."""
     energy = direction.energy
@@ -153,6 +161,7 @@ def layer_report(
         singular_values=[round_to(value) for value in direction.values.tolist()],
         energy_kept=round_to(min(1.0, direction.kept / energy)) if energy > 0 else 1.0,
         sketch_error=round_to((direction.missed / energy) ** 0.5) if energy > 0 else 0.0,
+        passes=passes,
         relative_magnitude=round_to(eta * direction.kept**0.5 / weight_norm) if weight_norm > 0 else 0.0,
         gradient_norms={
             name: round_to(value**0.5) for name, value in zip(names, gramian.diagonal().tolist(), strict=True)

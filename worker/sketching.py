@@ -244,7 +244,7 @@ class Sketch:
         fitted_QM = torch.linalg.solve_triangular(triangle_QQ, projected_QM, upper=True)
         left_over = (corange_PM - basis_PQ @ projected_QM).double().square().sum().item()
         rotation_QQ, values, right_QM = torch.linalg.svd(fitted_QM, full_matrices=False)
-        return _oriented(
+        return oriented(
             q_LQ @ rotation_QQ,
             values,
             right_QM,
@@ -334,7 +334,7 @@ class DenseGradient:
             matrix = matrix.T
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         energy = values.double().square().sum().item()
-        return _oriented(left, values, right, energy=energy, missed=0.0, shape=self.shape).cut(rank)
+        return oriented(left, values, right, energy=energy, missed=0.0, shape=self.shape).cut(rank)
 
     @staticmethod
     def layout(shape: Shape, bases: int) -> dict[str, tuple[str, list[int]]]:
@@ -371,7 +371,7 @@ def _error_factor(shape: Shape, width: int) -> float:
     return (1 + width / (freedom - 1)) / freedom
 
 
-def _oriented(
+def oriented(
     left: Float[Tensor, "L N"],
     values: Float[Tensor, " N"],
     right: Float[Tensor, "N M"],

@@ -118,17 +118,18 @@ def _recording(targets: Mapping[str, nn.Module], recorder: _Recorder) -> Iterato
 
 
 @contextmanager
-def _differentiable_embeddings(base: BaseModel) -> Iterator[None]:
-    """Let the graph start at the embeddings: without this it has no leaf, and no hook ever fires."""
+def _differentiable_outputs(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let the graph start at the modules, as a rule the embeddings: without this it has no leaf, and no hook fires."""
 
     def require_grad(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
-        return output.requires_grad_()
+        return output if output.requires_grad else output.requires_grad_()
 
-    handle = base.model.get_input_embeddings().register_forward_hook(require_grad)
+    handles = [module.register_forward_hook(require_grad) for module in modules]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -160,11 +161,13 @@ def gather(
     on_batch: Callable[[Batch, Scores], None],
     mask_inputs: bool = False,
     away: Callable[[Batch], Away] | None = None,
+    from_targets: bool = False,
 ) -> Counts:
     """Add the batches to ``layers`` and return what normalizes them; on request with inputs of 0 at padding.
 
     ``on_batch`` is told of every batch when all of it has been added, with its rows' scores under the model as it is.
-    ``away`` tells of a batch what its bases need where that is not the reference.
+    ``away`` tells of a batch what its bases need where that is not the reference. ``from_targets`` lets the graph begin
+    at the lowest target, so that the backward ends there.
 
     Raises:
         NumericalFailure: a log-probability or a gradient is not finite; the message names the layer.
@@ -173,7 +176,15 @@ def gather(
     counts = Counts()
     for batch in batches:
         for part, scores in _add_batch(
-            base, targets, layers, batch, bases, away=away, skip=frozenset(), mask_inputs=mask_inputs
+            base,
+            targets,
+            layers,
+            batch,
+            bases,
+            away=away,
+            skip=frozenset(),
+            mask_inputs=mask_inputs,
+            from_targets=from_targets,
         ):
             counts += count(scores)
             on_batch(part, scores)
@@ -190,6 +201,7 @@ def _add_batch(
     away: Callable[[Batch], Away] | None,
     skip: frozenset[_Added],
     mask_inputs: bool,
+    from_targets: bool,
 ) -> Iterator[tuple[Batch, Scores]]:
     """Add one batch, in halves if memory runs out, and yield what was added.
 
@@ -198,7 +210,9 @@ def _add_batch(
     """
     recorder = _Recorder(layers, skip, batch.paired, batch.attention_mask if mask_inputs else None)
     try:
-        scores = _forward_and_backward(base, targets, recorder, batch.to(base.device), bases, away)
+        scores = _forward_and_backward(
+            base, targets, recorder, batch.to(base.device), bases, away, from_targets=from_targets
+        )
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -213,7 +227,15 @@ def _add_batch(
         torch.cuda.empty_cache()
     for half in batch.halves():
         yield from _add_batch(
-            base, targets, layers, half, bases, away=away, skip=skip | recorder.done, mask_inputs=mask_inputs
+            base,
+            targets,
+            layers,
+            half,
+            bases,
+            away=away,
+            skip=skip | recorder.done,
+            mask_inputs=mask_inputs,
+            from_targets=from_targets,
         )
 
 
@@ -224,8 +246,11 @@ def _forward_and_backward(
     batch: Batch,
     bases: Sequence[Basis],
     away: Callable[[Batch], Away] | None,
+    *,
+    from_targets: bool,
 ) -> Scores:
-    with torch.enable_grad(), _differentiable_embeddings(base), _recording(targets, recorder):
+    leaves = list(targets.values()) if from_targets else [base.model.get_input_embeddings()]
+    with torch.enable_grad(), _differentiable_outputs(leaves), _recording(targets, recorder):
         hidden = base.hidden_states(batch.input_ids, batch.attention_mask)
         logps, gradient = sequence_logps_and_gradient(
             base.head, hidden, batch.input_ids, batch.completion_mask, vocabulary=base.vocabulary
@@ -251,7 +276,7 @@ def _forward_and_backward(
 
 def plain_pass(base: BaseModel, batch: Batch) -> None:
     """Run the forward and the activations-only backward alone: the limit that the statistics are measured against."""
-    with torch.enable_grad(), _differentiable_embeddings(base):
+    with torch.enable_grad(), _differentiable_outputs([base.model.get_input_embeddings()]):
         hidden = base.hidden_states(batch.input_ids, batch.attention_mask)
         _, gradient = sequence_logps_and_gradient(
             base.head, hidden, batch.input_ids, batch.completion_mask, vocabulary=base.vocabulary
