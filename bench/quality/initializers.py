@@ -24,4 +24,6 @@ INITIALIZERS: dict[str, Initializer] = {
     "random_matched": ours.random_matched,
     "ours_zero": ours.ours_zero,
     "ours_calibrated": ours.ours_calibrated,
+    "ours_whitened": ours.ours_whitened,
+    "ours_rounds": ours.ours_rounds,
 }

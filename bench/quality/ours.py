@@ -1,7 +1,7 @@
 """Our initializer in its variants, run from files to files as the worker runs it, and a control of its magnitude."""
 
 import json
-from typing import Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -9,24 +9,34 @@ from peft import PeftModel
 from bench.quality.peft_starts import layers, random_start, scaled
 from bench.quality.starts import Start, Work
 from d2lora.datasets import DatasetFile, Format
-from d2lora.initializations import InitializationSpec, LoraSpec
+from d2lora.initializations import InitializationSpec, LoraSpec, Whitening
 from d2lora.settings import WorkerSettings
 from worker.initialization import initialize
 
 
 def ours_calibrated(work: Work) -> Start:
     """Delivered files with the step that held-out rows support."""
-    return _ours(work, "calibrated")
+    return _ours(work)
+
+
+def ours_whitened(work: Work) -> Start:
+    """The same from gradients that are whitened by their inputs' second moment."""
+    return _ours(work, whitening=Whitening())
+
+
+def ours_rounds(work: Work) -> Start:
+    """Up to four steps, each from the gradients at the one before."""
+    return _ours(work, rounds=4)
 
 
 def ours_zero(work: Work) -> Start:
     """Delivered files with the direction in ``lora_A`` alone."""
-    return _ours(work, "zero")
+    return _ours(work, start="zero")
 
 
 def random_matched(work: Work) -> Start:
     """Random factors whose product is, layer by layer, as large as that of our calibrated step (arXiv:2507.06558)."""
-    wanted = {name: scaled(layer).norm().item() for name, layer in layers(_ours(work, "calibrated").model).items()}
+    wanted = {name: scaled(layer).norm().item() for name, layer in layers(_ours(work).model).items()}
     start = random_start(work)
     generator = torch.Generator().manual_seed(work.seed)
     with torch.no_grad():
@@ -37,7 +47,7 @@ def random_matched(work: Work) -> Start:
     return Start(start, {"magnitude": _magnitude(wanted)})
 
 
-def _ours(work: Work, start: Literal["calibrated", "zero"]) -> Start:
+def _ours(work: Work, **options: Any) -> Start:
     """Run the worker from files to files, and load its files on the unmodified base as a user would."""
     rows = work.directory / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in work.rows), encoding="utf-8")
@@ -47,9 +57,9 @@ def _ours(work: Work, start: Literal["calibrated", "zero"]) -> Start:
         base_model=work.model,
         dataset_id="bench",
         lora=LoraSpec(r=work.protocol.r, lora_alpha=work.protocol.lora_alpha),
-        start=start,
         max_length=work.protocol.max_length,
         seed=work.seed,
+        **options,
     )
     result = initialize(
         spec, DatasetFile(rows, Format.JSONL), {}, out=out, settings=WorkerSettings(), on_progress=lambda *_: None
