@@ -12,13 +12,18 @@ from matplotlib import pyplot as plt
 from bench.quality.cell import Record
 from bench.quality.summary import Entry, at_step, curve
 
-_COLORS = dict(
-    zip(
-        ("vanilla", "pissa", "olora", "eva", "lora_ga", "random_matched", "ours_zero", "ours_calibrated"),
-        ("#000000", "#e69f00", "#b08000", "#56b4e9", "#009e73", "#999999", "#cc79a7", "#d55e00"),
-        strict=True,
-    )
-)
+_COLORS = {
+    "vanilla": "#000000",
+    "pissa": "#e69f00",
+    "olora": "#b08000",
+    "eva": "#56b4e9",
+    "lora_ga": "#009e73",
+    "random_matched": "#999999",
+    "ours_zero": "#cc79a7",
+    "ours_calibrated": "#d55e00",
+    "ours_whitened": "#8c2d04",
+    "ours_rounds": "#7a0177",
+}
 
 
 def draw_curves(group: Entry, runs: dict[str, list[Record]], path: Path) -> None:
