@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from d2lora.errors import Problem
-from d2lora.methods import NEEDS_FLOAT, Method, Orthogonal
+from d2lora.methods import NEEDS_FLOAT, Method, Orthogonal, Warmup
 from d2lora.objectives import (
     Combination,
     Dpo,
@@ -200,11 +200,13 @@ class InitializationSpec(Frozen):
         if isinstance(self.method, str):
             return self
         name = self.method.type
-        unused = sorted(_GRADIENT_ONLY & self.model_fields_set)
+        unused = sorted(_unread(self.method) & self.model_fields_set)
         if unused:
             raise ValueError(f"{', '.join(unused)}: not used by method {name}; leave out what it would ignore")
         if self.quantization is not None and isinstance(self.method, NEEDS_FLOAT):
             raise ValueError(f"quantization: PEFT's {name} needs base weights in floating point; leave it out")
+        if self.quantization == "8bit" and isinstance(self.method, Warmup):
+            raise ValueError("quantization: a warm-up trains on a base in floating point or in 4bit")
         if isinstance(self.method, Orthogonal) and self.lora.r % 2:
             raise ValueError("lora.r: PEFT's orthogonal needs an even rank")
         return self
@@ -215,7 +217,7 @@ class InitializationSpec(Frozen):
         fields: dict[str, Any] = handler(self)
         if isinstance(self.method, str):
             return fields
-        return {name: value for name, value in fields.items() if name not in _GRADIENT_ONLY}
+        return {name: value for name, value in fields.items() if name not in _unread(self.method)}
 
 
 _GRADIENT_ONLY = {
@@ -230,6 +232,19 @@ _GRADIENT_ONLY = {
     "rounds",
 }
 """Fields of a request that only our own method reads."""
+
+
+_BEFORE_A_WARMUP = {"objectives", "combination", "whitening", "start", "statistics"}
+"""Those of them that a warm-up from our own start reads."""
+
+
+def _unread(method: Method) -> set[str]:
+    """Return the fields of a request that a method does not read."""
+    if isinstance(method, str):
+        return set()
+    if isinstance(method, Warmup) and method.start == "gradient":
+        return _GRADIENT_ONLY - _BEFORE_A_WARMUP
+    return _GRADIENT_ONLY
 
 
 class State(StrEnum):
@@ -279,6 +294,7 @@ class Phase(StrEnum):
     """The second pass, over some or all layers."""
     ROUNDS = "rounds"
     """All rounds after the first; their passes and line searches count as one phase, which never goes back."""
+    WARMUP = "warmup"
     EVALUATION = "evaluation"
     PUBLISHING = "publishing"
 
@@ -323,7 +339,7 @@ class Retained(Frozen):
 class ResultSummary(Frozen):
     """The report in short: enough to decide whether to fetch the adapter."""
 
-    start: Literal["calibrated", "zero"] = Field(description="the start that was delivered")
+    start: Literal["calibrated", "zero", "warmup"] = Field(description="the start that was delivered")
     start_reason: str = Field(description="why that start was delivered, in a sentence")
     objectives: list[str]
     objectives_reason: str = Field(description="why these objectives took part")

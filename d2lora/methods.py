@@ -1,4 +1,4 @@
-"""Which method makes the starting point: ours, or one of PEFT's initializers under PEFT's names.
+"""Which method makes the starting point: ours, one of PEFT's initializers under PEFT's names, or a warm-up by TRL.
 
 PEFT's take no options but their own; what they do to the base weights, and in which form their adapters are delivered,
 is in docs/method.md, section 6.
@@ -6,7 +6,17 @@ is in docs/method.md, section 6.
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 
 class _Method(BaseModel):
@@ -80,6 +90,45 @@ class LoraGa(_Method):
     max_rows: _MaxRows = 256
 
 
+class Warmup(_Method):
+    """The published D2LoRA (arXiv:2503.18089): some steps of one of TRL's trainers on general rows.
+
+    AdamW without weight decay, a constant learning rate, gradients clipped at norm 1.
+    """
+
+    # "from" is no name in Python.
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    type: Literal["warmup"] = "warmup"
+    warmup_dataset_id: str = Field(min_length=1, max_length=64, description="the general rows")
+    start: Literal["default", "gradient"] = Field(
+        default="default",
+        alias="from",
+        description="PEFT's default start, or the adapter that method gradient makes from dataset_id",
+    )
+    trainer: Literal["sft", "dpo", "orpo"] = Field(
+        default="sft", description="dpo and orpo need rows with chosen and rejected completions"
+    )
+    steps: int = Field(default=16, ge=1, le=1000)
+    learning_rate: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
+    batch_size: int = Field(default=8, ge=1, le=256, description="rows of a step")
+    beta: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="of dpo and orpo, as in TRL; 0.1 when omitted"
+    )
+
+    @field_validator("beta")
+    @classmethod
+    def _beta_fits_the_trainer(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("trainer") == "sft":
+            raise ValueError("trainer sft has none; dpo and orpo do")
+        return value
+
+    @property
+    def coefficient(self) -> float:
+        """``beta`` with its default filled in."""
+        return 0.1 if self.beta is None else self.beta
+
+
 PeftMethod = Kaiming | Gaussian | Orthogonal | Pissa | Olora | Eva | Corda | LoraGa
 """What PEFT's own code initializes."""
 
@@ -89,12 +138,14 @@ CHANGES_BASE = (Pissa, Olora, Corda, LoraGa)
 NEEDS_FLOAT = (Orthogonal, Pissa, Corda, LoraGa)
 """Those that PEFT refuses on a quantized base."""
 
-NAMES = ("gradient", *(get_args(kind.model_fields["type"].annotation)[0] for kind in get_args(PeftMethod)))
+_ALONE = ("gradient", *(get_args(kind.model_fields["type"].annotation)[0] for kind in get_args(PeftMethod)))
+
+NAMES = (*_ALONE, "warmup")
 
 
 def _named(value: Any) -> Any:
     """Return the method with its defaults if only its name is given."""
-    return {"type": value} if value in NAMES[1:] else value
+    return {"type": value} if value in _ALONE[1:] else value
 
 
 def _kind(value: Any) -> str | None:
@@ -104,7 +155,7 @@ def _kind(value: Any) -> str | None:
 
 
 Method = Annotated[
-    Annotated[Literal["gradient"], Tag("gradient"), WithJsonSchema({"type": "string", "enum": list(NAMES)})]
+    Annotated[Literal["gradient"], Tag("gradient"), WithJsonSchema({"type": "string", "enum": list(_ALONE)})]
     | Annotated[Kaiming, Tag("kaiming")]
     | Annotated[Gaussian, Tag("gaussian")]
     | Annotated[Orthogonal, Tag("orthogonal")]
@@ -112,7 +163,8 @@ Method = Annotated[
     | Annotated[Olora, Tag("olora")]
     | Annotated[Eva, Tag("eva")]
     | Annotated[Corda, Tag("corda")]
-    | Annotated[LoraGa, Tag("lora_ga")],
+    | Annotated[LoraGa, Tag("lora_ga")]
+    | Annotated[Warmup, Tag("warmup")],
     Discriminator(
         _kind,
         custom_error_type="method_unknown",
@@ -120,4 +172,4 @@ Method = Annotated[
     ),
     BeforeValidator(_named),
 ]
-"""A name alone means that method with its defaults."""
+"""A name alone means that method with its defaults; ``warmup`` needs an object, since it needs rows."""

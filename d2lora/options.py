@@ -23,7 +23,10 @@ _OPTIONS: dict[str, Any] = {
     "use_rslora": Annotated[bool | None, typer.Option("--use-rslora", help="scale by alpha / sqrt(r)")],
     "method": Annotated[
         str | None,
-        typer.Option(help="gradient, or PEFT's kaiming, pissa:niter=4, lora_ga, ... (default: gradient)"),
+        typer.Option(
+            help="gradient, PEFT's kaiming, pissa:niter=4, lora_ga, ..., or warmup:steps=16,from=gradient "
+            "(default: gradient)"
+        ),
     ],
     "objective": Annotated[
         list[str] | None,
@@ -60,6 +63,7 @@ _EXTRAS: dict[Role, Any] = {
     Role.RETAIN: Annotated[
         Path | None, typer.Option("--retain", help="a file of general text that the calibrated step may not worsen")
     ],
+    Role.WARMUP: Annotated[Path | None, typer.Option("--warmup", help="a file of general rows, for --method warmup")],
 }
 """The files of rows that the command line takes besides the dataset."""
 

@@ -14,11 +14,14 @@ class Role(StrEnum):
     """Rows that only measure the delivered adapter."""
     RETAIN = "retain"
     """General text that the adapter may not worsen."""
+    WARMUP = "warmup"
+    """General rows, on which method ``warmup`` trains."""
 
 
 FIELDS: dict[Role, str] = {
     Role.EVALUATION: "eval_dataset_id",
     Role.RETAIN: "retain_dataset_id",
+    Role.WARMUP: "method.warmup_dataset_id",
 }
 """Role -> the field of a request that names the dataset; a dot leads into an object."""
 

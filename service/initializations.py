@@ -22,8 +22,9 @@ from d2lora.errors import (
     StorageUnavailable,
 )
 from d2lora.initializations import Adapter, AdapterFile, Frozen, Initialization, InitializationSpec, State
+from d2lora.methods import Warmup
 from d2lora.models import parameters_of, queue_of
-from d2lora.roles import FIELDS, FOR_THE_OBJECTIVES, extra_dataset_ids
+from d2lora.roles import FIELDS, FOR_THE_OBJECTIVES, Role, extra_dataset_ids
 from d2lora.store import Event, Store
 from d2lora.supervision import rows_needed
 from service.auth import Tenant
@@ -208,6 +209,14 @@ def _check_datasets(spec: InitializationSpec, tenant: str, store: Store) -> None
         dataset = _dataset(dataset_id, FIELDS[role], tenant, store)
         if role in FOR_THE_OBJECTIVES:
             _check_objectives(spec, dataset, FIELDS[role])
+        if isinstance(spec.method, Warmup) and role is Role.WARMUP:
+            _check_trainer(spec.method.trainer, dataset)
+
+
+def _check_trainer(trainer: str, dataset: Dataset) -> None:
+    if trainer not in dataset.objectives:
+        detail = f"method.warmup_dataset_id: trainer {trainer} needs {rows_needed(trainer)}"
+        raise ObjectiveUnavailable(detail, errors=[ProblemItem(detail=detail, pointer="#/method/warmup_dataset_id")])
 
 
 def _dataset(dataset_id: str, field: str, tenant: str, store: Store) -> Dataset:

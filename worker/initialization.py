@@ -32,6 +32,7 @@ from worker.sharding import count_tokens, gather_shard, merge, read_plan, split
 from worker.shared_calibration import shared, work_on
 from worker.subject import Subject, length_limit, load_subject
 from worker.units import ROWS, OnProgress, ShardFiles, ShardOutput, Share, Split
+from worker.warmup_initialization import initialize_by_warmup, read_general_rows
 
 
 @translated_errors()
@@ -65,10 +66,25 @@ def initialize(
     objectives = resolve_objectives(spec.objectives, encoded.examples[0].supervision)
     evaluation = read_evaluation(base, spec, extras.get(Role.EVALUATION))
     retain = read_extra(base, spec, extras.get(Role.RETAIN))
+    general = read_general_rows(subject, spec, extras)
     digests = {role: sha256(extra.path) for role, extra in extras.items()}
     rows = intake(encoded, sha256=sha256(dataset.path), extras=digests, warnings=warnings)
     clock(Phase.READING, 1, 1)
 
+    if general is not None:
+        with _statistics_directory(out) as directory:
+            return initialize_by_warmup(
+                subject,
+                spec,
+                encoded,
+                rows,
+                general,
+                evaluation,
+                out=out,
+                directory=directory,
+                settings=settings,
+                clock=clock,
+            )
     if not isinstance(spec.method, str):
         return initialize_by_peft(subject, spec, encoded, rows, evaluation, out=out, settings=settings, clock=clock)
     # Later passes depend on what the earlier ones found, and retain rows are measured here, so such jobs stay whole.

@@ -25,7 +25,7 @@ def make_peft_report(
 ) -> Report:
     """Return the report of an adapter that PEFT has initialized."""
     method = spec.method
-    assert not isinstance(method, str)
+    assert isinstance(method, PeftMethod)
     learns = isinstance(method, LoraGa)
     summary = ResultSummary(
         start="zero",

@@ -80,7 +80,7 @@ def build_peft_adapter(
         NumericalFailure: PEFT's computation has not converged or is not finite.
     """
     method = spec.method
-    assert not isinstance(method, str)
+    assert isinstance(method, PeftMethod)
     check_peft_method(method, targets, spec)
     own = _peft_config(config, method)
     chosen = sample(examples, count=getattr(method, "max_rows", 0), seed=spec.seed)

@@ -14,7 +14,7 @@ from d2lora.initializations import Frozen, HeldOut, InitializationSpec, ResultSu
 from d2lora.roles import Role
 from worker.sketching import LowRank
 
-_LIBRARIES = ("torch", "transformers", "peft", "torchjd", "safetensors", "bitsandbytes")
+_LIBRARIES = ("torch", "transformers", "peft", "torchjd", "safetensors", "bitsandbytes", "trl")
 """Those whose version may change the numbers."""
 
 
@@ -113,6 +113,28 @@ class PeftReport(Frozen):
     layers: dict[str, PeftLayerReport]
 
 
+class WarmupReport(Frozen):
+    """The training that a warm-up consists of."""
+
+    trainer: str
+    """TRL's class."""
+    start: Literal["default", "gradient"]
+    """PEFT's default start, or our own; of ours the report has objectives, calibration and layers, as it was begun."""
+    steps: int
+    learning_rate: float
+    batch_size: int
+    beta: float | None
+    dataset_sha256: str
+    rows: dict[str, int]
+    """Of the general rows: read, used by a step, truncated, and dropped by reason."""
+    loss: dict[str, float]
+    """The trainer's objective on the used rows: of the base, at the start of the training, at its end."""
+    step_losses: list[float]
+    """Of every step's batch before the step, as TRL logs them."""
+    relative_magnitudes: dict[str, float]
+    """Layer -> |s B A| / |W| as delivered, Frobenius norms."""
+
+
 class Report(Frozen):
     """Everything that was measured on the way to the adapter."""
 
@@ -140,6 +162,8 @@ class Report(Frozen):
     layers: dict[str, LayerReport]
     peft: PeftReport | None = None
     """Instead of objectives, calibration and layers, where the method is one of PEFT's."""
+    warmup: WarmupReport | None = None
+    """Where the method is a warm-up."""
     seconds: dict[str, float]
     """By phase. Kept out of everything that decides the adapter."""
     versions: dict[str, str]
@@ -222,6 +246,8 @@ def model_card(report: Report) -> str:
     summary = report.summary
     spec = report.spec
     made_from = f"from gradient statistics of {', '.join(summary.objectives)} on {summary.rows_used} rows"
+    if report.warmup is not None:
+        made_from = "by a warm-up on general rows (D2LoRA, arXiv:2503.18089)"
     if report.peft is not None:
         made_from = f"by PEFT's {_method_name(report)}"
     introduction = (

@@ -73,6 +73,8 @@ def test_a_job_of_an_unknown_dataset_is_not_made(store):
 def naming(spec, field, dataset_id):
     """The request with another dataset at a field, also one inside an object."""
     fields = spec.model_dump(exclude_unset=True)
+    if field.startswith("method."):
+        fields["method"] = field.removeprefix("method.").removesuffix("_dataset_id")
     role = next(role for role, path in FIELDS.items() if path == field)
     return InitializationSpec.model_validate(with_dataset_ids(fields, {role: dataset_id}))
 

@@ -66,6 +66,18 @@ def test_a_file_for_every_role_can_be_named(role, rows, tmp_path):
     assert f"--{field} " in help_text
 
 
+def test_a_warm_up_and_its_rows_become_a_method():
+    given = options(method="warmup:steps=4,from=gradient,learning_rate=0.001")
+
+    method = build_spec("m", "ds", given, {Role.WARMUP: "ds_2"}).method
+
+    assert (method.warmup_dataset_id, method.steps, method.start, method.learning_rate) == ("ds_2", 4, "gradient", 1e-3)
+    with pytest.raises(typer.BadParameter, match="warmup_dataset_id"):
+        build_spec("m", "ds", given)
+    with pytest.raises(typer.BadParameter, match="method"):
+        build_spec("m", "ds", options(), {Role.WARMUP: "ds_2"})
+
+
 def test_files_become_dataset_ids():
     assert build_spec("m", "ds", options(), {Role.EVALUATION: "ds_2"}).eval_dataset_id == "ds_2"
     retain = build_spec("m", "ds", options(retain_tolerance=0.1), {Role.RETAIN: "ds_3"})

@@ -35,7 +35,7 @@ def test_a_request_from_before_there_were_other_methods_means_what_it_meant():
     assert {name: stored.model_dump(mode="json")[name] for name in BEFORE_THERE_WERE_OTHERS} == BEFORE_THERE_WERE_OTHERS
 
 
-@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in {"gradient", "warmup"}])
 def test_a_name_alone_is_the_method_with_its_defaults(name):
     spec = InitializationSpec(**REQUEST, method=name)
 
@@ -84,3 +84,31 @@ def test_what_peft_refuses_on_quantized_weights_is_refused_in_the_request(method
 def test_orthogonal_needs_an_even_rank():
     with pytest.raises(ValidationError, match="even"):
         InitializationSpec(**REQUEST, method="orthogonal", lora=LoraSpec(r=5))
+
+
+WARMUP = {"type": "warmup", "warmup_dataset_id": "ds_2"}
+
+
+def test_a_warm_up_is_kept_as_it_was_asked_for():
+    spec = InitializationSpec(**REQUEST, method={**WARMUP, "from": "gradient", "trainer": "dpo"}, start="zero")
+
+    assert InitializationSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert spec.model_dump(mode="json")["method"]["from"] == "gradient"
+    assert spec.model_dump(mode="json")["start"] == "zero"
+    assert spec.method.coefficient == 0.1
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "told"),
+    [
+        ({}, {"start": "zero"}, "start: not used by method warmup"),
+        ({"from": "gradient"}, {"rounds": 2}, "rounds: not used by method warmup"),
+        ({"beta": 0.2}, {}, "trainer sft has none"),
+        ({}, {"quantization": "8bit"}, "quantization: a warm-up trains"),
+        ({"steps": 0}, {}, "steps"),
+        ({"warmup_dataset_id": ""}, {}, "warmup_dataset_id"),
+    ],
+)
+def test_what_a_warm_up_would_ignore_or_cannot_do_is_refused(method, changes, told):
+    with pytest.raises(ValidationError, match=told):
+        InitializationSpec(**REQUEST, method={**WARMUP, **method}, **changes)

@@ -241,6 +241,20 @@ def test_an_unknown_dataset_is_pointed_at(upload, client, field):
     assert problem_of(response, 422, "request_invalid")["errors"][0]["pointer"] == f"#/{field}"
 
 
+def test_rows_that_a_warm_ups_trainer_cannot_use_and_unknown_ones_are_pointed_at(upload, client):
+    full, plain = upload().json()["id"], upload(PAIR).json()["id"]
+
+    def ask(trainer, dataset_id):
+        method = {"type": "warmup", "warmup_dataset_id": dataset_id, "trainer": trainer}
+        return client.post("/v1/initializations", json=request_for(full, method=method))
+
+    accepted = ask("dpo", full)
+    assert accepted.status_code == 202
+    assert accepted.json()["spec"]["method"]["from"] == "default"
+    for answer, code in ((ask("orpo", plain), "objective_unavailable"), (ask("sft", "ds_none"), "request_invalid")):
+        assert problem_of(answer, 422, code)["errors"][0]["pointer"] == "#/method/warmup_dataset_id"
+
+
 def submit_model(client, upload, name):
     return client.post("/v1/initializations", json={**request_for(upload().json()["id"]), "base_model": str(name)})
 

@@ -20,7 +20,7 @@ from d2lora.errors import (
     StoreUnavailable,
 )
 from d2lora.initializations import InitializationSpec, Phase, Result, ResultFile, ResultSummary, State
-from d2lora.roles import Role, with_dataset_ids
+from d2lora.roles import FIELDS, Role, with_dataset_ids
 from d2lora.settings import DatabaseSettings, WorkerSettings
 from d2lora.storage import LocalStorage, dataset_key
 from d2lora.store import Store
@@ -156,7 +156,10 @@ def test_a_job_ends_with_its_files_and_its_result(store, storage, job):
 def test_the_work_gets_every_other_dataset_as_a_file(store, storage, tmp_path, role):
     add_dataset(store, storage, tmp_path, "ds_1", ROWS)
     add_dataset(store, storage, tmp_path, "ds_2", b'{"text": "another"}\n')
-    fields = with_dataset_ids({"base_model": "m", "dataset_id": "ds_1"}, {role: "ds_2"})
+    fields = {"base_model": "m", "dataset_id": "ds_1"}
+    if FIELDS[role].startswith("method."):
+        fields["method"] = role
+    fields = with_dataset_ids(fields, {role: "ds_2"})
     store.create("acme", InitializationSpec.model_validate(fields))
     seen = {}
 
