@@ -91,8 +91,11 @@ class Shape:
 
     @property
     def corange_width(self) -> int:
-        """P, twice Q and so at least four times the directions that are fitted; never more than a full basis."""
-        return min(2 * self.width, self.longer)
+        """P, twice Q and so at least four times the directions that are fitted; never more than a full basis.
+
+        Two above Q where Q is 1: with fewer, the fit's expected error is not finite.
+        """
+        return min(max(2 * self.width, self.width + 2), self.longer)
 
 
 @dataclass

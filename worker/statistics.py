@@ -12,13 +12,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from d2lora.errors import NumericalFailure, OutOfMemory
+from d2lora.errors import NumericalFailure, OutOfMemory, TargetUnsupported
 from worker.batches import Batch, groups_by_length
 from worker.devices import says_out_of_memory
 from worker.logprobs import sequence_logps, sequence_logps_and_gradient
@@ -61,6 +64,8 @@ class _Recorder:
     layers: Mapping[str, Sums]
     skip: frozenset[_Added]
     paired: bool
+    size: tuple[int, int]
+    """S and T."""
     present: Int[Tensor, "S T"] | None = None
     """0 at padding, where layers then get inputs of 0; None where that makes no difference to them."""
     weights: Float[Tensor, "K S"] | None = None
@@ -71,26 +76,55 @@ class _Recorder:
         assert self.weights is not None
         if (self.only, name) in self.skip:
             return
+        if (self.only, name) in self.done:
+            raise TargetUnsupported(
+                f"lora.target_modules: {name!r} runs more than once in a forward pass; leave it out"
+            )
         # One number tells: a sum over a NaN or an infinity is not finite either.
         if not math.isfinite(output_grads.sum().item()) and not bool(torch.isfinite(output_grads).all()):
             raise NumericalFailure(f"the gradient at the output of layer {name!r} is not finite; try dtype float32")
+        inputs = self._by_sequence(name, inputs)
         if self.present is not None:
             inputs = inputs * self.present.to(inputs)[..., None]
+        output_grads = self._by_sequence(name, output_grads)
         self.layers[name].add(inputs, output_grads, self.weights.to(inputs.device), paired=self.paired)
         self.done.add((self.only, name))
+
+    def check_complete(self) -> None:
+        """Return if every layer has been added.
+
+        Raises:
+            TargetUnsupported: one has not: its statistics would stay zero.
+        """
+        missing = [name for name in self.layers if (None, name) not in self.done | self.skip]
+        if missing:
+            others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+            raise TargetUnsupported(
+                f"lora.target_modules: no token passes {missing[0]!r}{others}, so no gradient comes out; leave them out"
+            )
+
+    def _by_sequence(self, name: str, tokens: Tensor) -> Float[Tensor, "S T _"]:
+        """Return a tensor of all tokens as S x T; mixtures of experts flatten it on their way."""
+        if tokens.shape[:-1] not in {self.size, (math.prod(self.size),)}:
+            raise TargetUnsupported(
+                f"lora.target_modules: {name!r} sees a part of the tokens only, and cannot tell of which sequences; "
+                "leave it out"
+            )
+        return tokens.reshape(*self.size, -1)
 
 
 class _Tap(torch.autograd.Function):
     """The identity on a layer's output, whose backward hands (inputs, gradient of the output) to ``record``.
 
-    The inputs are saved through autograd and not by a closure, so that activation checkpointing frees them too.
+    The inputs are saved through autograd and not by a closure, so that activation checkpointing frees them too. The
+    output is handed on detached and not as a view, so that a model may add to it in place (Falcon does).
     """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, inputs: Tensor, record: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.record = record
-        return output.view_as(output)
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -105,6 +139,8 @@ def _recording(targets: Mapping[str, nn.Module], recorder: _Recorder) -> Iterato
 
     def tap(name: str) -> Callable[..., Tensor]:
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not isinstance(output, Tensor):  # a router's, for one
+                raise TargetUnsupported(f"lora.target_modules: {name!r} does not return a tensor; leave it out")
             return _Tap.apply(output, arguments[0], lambda x, d: recorder.record(name, x, d))
 
         return hook
@@ -134,21 +170,35 @@ def _differentiable_outputs(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def activation_checkpointing(base: BaseModel, *, enabled: bool) -> Iterator[None]:
-    """Recompute each decoder layer in the backward while the block runs."""
-    if not enabled:
-        yield
-        return
-    # transformers checkpoints only in training mode; every layer whose behavior that mode changes is switched back.
-    base.model.activation_checkpointing_enable({"use_reentrant": False})
-    training = [module for module in base.model.modules() if hasattr(module, "gradient_checkpointing")]
-    for module in training:
-        module.training = True
+    """Recompute each decoder layer in the backward while the block runs; nothing if the model does not support it."""
+    layers = [module for module in base.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not enabled or not base.model.supports_gradient_checkpointing:
+        layers = []
+    for layer in layers:
+        # transformers checkpoints only in training mode, in which some layers (Falcon, Bloom) also drop activations.
+        layer._gradient_checkpointing_func = partial(_recomputed, layer)  # noqa: SLF001  # its class asks for it
+        layer.gradient_checkpointing = True
+        layer.training = True
     try:
         yield
     finally:
-        base.model.activation_checkpointing_disable()
-        base.model.disable_input_require_grads()  # which switching on has put on the embeddings
-        base.model.eval()
+        for layer in layers:
+            layer.gradient_checkpointing = False
+            layer.training = False
+            del layer._gradient_checkpointing_func  # noqa: SLF001  # as above
+
+
+def _recomputed(layer: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a layer's forward in evaluation mode, now and again in the backward."""
+
+    def evaluated(*arguments: Any) -> Any:
+        layer.training = False
+        try:
+            return function(*arguments)
+        finally:
+            layer.training = True
+
+    return checkpoint(evaluated, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def gather(
@@ -172,6 +222,7 @@ def gather(
     Raises:
         NumericalFailure: a log-probability or a gradient is not finite; the message names the layer.
         OutOfMemory: a batch of a single row does not fit.
+        TargetUnsupported: a layer is not run once over all tokens.
     """
     counts = Counts()
     for batch in batches:
@@ -208,7 +259,8 @@ def _add_batch(
     Layers that an attempt had finished before it ran out of memory hold all rows of the batch already; since sums
     over the halves are sums over the batch, the halves skip exactly those.
     """
-    recorder = _Recorder(layers, skip, batch.paired, batch.attention_mask if mask_inputs else None)
+    size = (batch.input_ids.shape[0], batch.input_ids.shape[1])
+    recorder = _Recorder(layers, skip, batch.paired, size, batch.attention_mask if mask_inputs else None)
     try:
         scores = _forward_and_backward(
             base, targets, recorder, batch.to(base.device), bases, away, from_targets=from_targets
@@ -259,6 +311,7 @@ def _forward_and_backward(
         recorder.weights = sequence_weights(bases, scores, away(batch) if away else None).to(base.device)
         whole_sequences = Basis.SEQUENCE in bases
         hidden.backward(gradient, retain_graph=whole_sequences)
+        recorder.check_complete()
         if whole_sequences:
             # The prompt's tokens have a cotangent of their own, which only this basis takes.
             mask = _prompt_mask(batch)

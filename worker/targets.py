@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -39,7 +40,8 @@ def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.
 
     Raises:
         TargetsMissing: nothing matches.
-        TargetUnsupported: a match is no Linear or Conv1D layer, shares its weight, or is the output head.
+        TargetUnsupported: a match is no Linear or Conv1D layer, shares its weight, is the output head, or has a name
+            that PEFT takes for another layer's.
         RankTooLarge: ``r`` is above the smaller side of a target.
     """
     matched = {name: module for name, module in model.named_modules() if name and _matches(config, name)}
@@ -75,7 +77,31 @@ def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.
         )
     config.fan_in_fan_out = kinds == {True}
     config.target_modules = _written_out(model, config, set(matched))
+    _refuse_names_of_experts(model, config)
     return matched
+
+
+def _refuse_names_of_experts(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Return if PEFT applies the adapter to the modules that it was made for.
+
+    In mixtures of experts whose checkpoints have a module per expert and whose models have none, PEFT takes every
+    target that ends in such a module's name for the experts' parameters: also a dense layer's, or a shared expert's.
+    """
+    converted = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(converted, model, None)
+    except ValueError as error:  # it fuses two modules' adapters, and finds one of them
+        raise TargetUnsupported(
+            f"lora.target_modules: in base_model {config.base_model_name_or_path!r}: {error}"
+        ) from error
+    kept = set(converted.target_modules)
+    lost = sorted({name.rsplit(".", 1)[-1] for name in set(config.target_modules) - kept})
+    if lost:
+        others = f"; of the targets asked for, PEFT applies {', '.join(sorted(kept))}" if kept else ""
+        raise TargetUnsupported(
+            f"lora.target_modules: in base_model {config.base_model_name_or_path!r} PEFT takes {', '.join(lost)} for "
+            f"experts that are parameters, and would not apply an adapter to the modules of these names{others}"
+        )
 
 
 def _matches(config: LoraConfig, name: str) -> bool:

@@ -137,6 +137,14 @@ def orpo_loss(model: nn.Module, rows: Sequence[ReferenceRow], *, beta: float, fu
     return nll + beta * odds_ratio_loss(model, rows)
 
 
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy of the model."""
+    twin = copy.deepcopy(model).double().eval()
+    if twin._can_set_experts_implementation():
+        twin.set_experts_implementation("eager")  # the grouped products of mixtures of experts know no float64
+    return twin
+
+
 def weight_gradients(
     model: nn.Module, targets: Iterable[str], loss: Callable[[nn.Module], Tensor]
 ) -> Mapping[str, Tensor]:
@@ -144,7 +152,7 @@ def weight_gradients(
 
     Orientation is (out, in), also for Conv1D, which stores its weight the other way round.
     """
-    twin = copy.deepcopy(model).double().eval()
+    twin = in_float64(model)
     modules = {name: twin.get_submodule(name) for name in targets}
     for module in modules.values():
         module.weight.requires_grad_()
