@@ -25,12 +25,13 @@ def measure(side: str, arguments: argparse.Namespace) -> int:
 
     from d2lora.initializations import LoraSpec
     from worker.batches import Batch
+    from worker.checkpointing import activation_checkpointing
     from worker.models import load
     from worker.objectives import Basis
     from worker.pipeline import sketch_shape
     from worker.sketch_files import SketchFile
     from worker.sketching import TestMatrices
-    from worker.statistics import activation_checkpointing, gather, plain_pass
+    from worker.statistics import gather, plain_pass
     from worker.targets import lora_config, resolve_targets
 
     base = load(arguments.model, revision=None, dtype="float32", device="cpu")

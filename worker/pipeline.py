@@ -21,6 +21,7 @@ from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase
 from d2lora.settings import WorkerSettings
 from worker.batches import Batch, assign_folds, distinct_rows, make_batches
 from worker.calibration import Calibration, Evaluator, Held, alone, calibrate, calibration_batches, held_out
+from worker.checkpointing import activation_checkpointing
 from worker.combining import Mixture, combine, objective_gramian
 from worker.data import Example, needed
 from worker.factors import (
@@ -50,7 +51,7 @@ from worker.second_pass import inaccurate_layers, refined
 from worker.sketch_files import SketchFile
 from worker.sketch_files import load as load_statistics
 from worker.sketching import Shape, TestMatrices
-from worker.statistics import Statistics, activation_checkpointing, gather
+from worker.statistics import Statistics, gather
 from worker.units import OnProgress
 from worker.whitening import OVERSAMPLING as WHITENED_OVERSAMPLING
 

@@ -25,6 +25,7 @@ from worker.calibration import (
     score_step,
     trial,
 )
+from worker.checkpointing import activation_checkpointing
 from worker.combining import Mixture
 from worker.factors import Direction
 from worker.mismatches import score_for
@@ -44,7 +45,7 @@ from worker.progress import PhaseCounter
 from worker.sketch_files import SketchFile
 from worker.sketch_files import load as load_statistics
 from worker.sketching import Shape, TestMatrices
-from worker.statistics import Statistics, activation_checkpointing, gather
+from worker.statistics import Statistics, gather
 from worker.units import OnProgress
 
 DirectionOf = Callable[[Statistics, tuple[Basis, ...]], tuple[Mixture, Direction]]

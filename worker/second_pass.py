@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from d2lora.initializations import Phase
 from worker.batches import Batch
+from worker.checkpointing import activation_checkpointing
 from worker.factors import Direction, summed
 from worker.models import BaseModel
 from worker.objectives import Basis
 from worker.progress import PhaseCounter
 from worker.sketching import LowRank, Shape, Sketch, oriented
-from worker.statistics import Statistics, activation_checkpointing, gather
+from worker.statistics import Statistics, gather
 from worker.units import OnProgress
 
 

@@ -12,14 +12,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from d2lora.errors import NumericalFailure, OutOfMemory, TargetUnsupported
 from worker.batches import Batch, groups_by_length
@@ -166,39 +163,6 @@ def _differentiable_outputs(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def activation_checkpointing(base: BaseModel, *, enabled: bool) -> Iterator[None]:
-    """Recompute each decoder layer in the backward while the block runs; nothing if the model does not support it."""
-    layers = [module for module in base.model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not enabled or not base.model.supports_gradient_checkpointing:
-        layers = []
-    for layer in layers:
-        # transformers checkpoints only in training mode, in which some layers (Falcon, Bloom) also drop activations.
-        layer._gradient_checkpointing_func = partial(_recomputed, layer)  # noqa: SLF001  # its class asks for it
-        layer.gradient_checkpointing = True
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.gradient_checkpointing = False
-            layer.training = False
-            del layer._gradient_checkpointing_func  # noqa: SLF001  # as above
-
-
-def _recomputed(layer: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a layer's forward in evaluation mode, now and again in the backward."""
-
-    def evaluated(*arguments: Any) -> Any:
-        layer.training = False
-        try:
-            return function(*arguments)
-        finally:
-            layer.training = True
-
-    return checkpoint(evaluated, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def gather(

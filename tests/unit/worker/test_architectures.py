@@ -24,12 +24,13 @@ from tests.support.architectures import ARCHITECTURES, partly_dense_moe
 from tests.support.models import as_base, tiny_llama, tiny_tokenizer
 from tests.support.reference import dpo_loss, in_float64, orpo_loss, sft_loss, weight_gradients
 from tests.unit.worker.conftest import one_fold, reference_rows
+from worker.checkpointing import activation_checkpointing
 from worker.factors import Factors, adapted
 from worker.initialization import initialize
 from worker.models import layer_sizes, load, verify_causality, verify_head
 from worker.objectives import bases_of, objective_coefficients
 from worker.sketching import DenseGradient, Shape, Sketch, TestMatrices
-from worker.statistics import activation_checkpointing, gather
+from worker.statistics import gather
 from worker.targets import lora_config, resolve_targets
 
 _PEFT_SAYS_EXPERTS_ARE_NO_TARGETS = pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern keys did not match")

@@ -16,10 +16,11 @@ from d2lora.errors import OutOfMemory
 from tests.support.models import as_base, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.unit.worker.conftest import one_fold, reference_rows
 from tests.unit.worker.test_statistics import assert_same_sums, gathered, targets_of
+from worker.checkpointing import activation_checkpointing
 from worker.factors import Factors, adapted
 from worker.loading import LoadingPlan, loading_plan
 from worker.models import load, verify_head, weight_norm
-from worker.statistics import activation_checkpointing, score
+from worker.statistics import score
 
 ROWS = reference_rows(5, paired=True)
 

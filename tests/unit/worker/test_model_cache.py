@@ -11,12 +11,13 @@ from d2lora.initializations import Dpo, Orpo, Sft
 from tests.support.models import as_base, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.unit.worker.conftest import one_fold, reference_rows
 from tests.unit.worker.test_statistics import empty, targets_of
+from worker.checkpointing import activation_checkpointing
 from worker.factors import Factors, adapted
 from worker.model_cache import ModelCache
 from worker.models import commit_of, load
 from worker.objectives import bases_of
 from worker.sketching import Sketch
-from worker.statistics import activation_checkpointing, gather, score
+from worker.statistics import gather, score
 
 BASES = bases_of([Sft(), Dpo(), Orpo(nll="full_sequence")])
 

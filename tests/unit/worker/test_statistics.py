@@ -7,10 +7,11 @@ from d2lora.initializations import Dpo, Kto, LoraSpec, Orpo, Sft
 from tests.support.models import as_base, tiny_gpt2, tiny_llama
 from tests.support.reference import dpo_loss, kto_loss, orpo_loss, sft_loss, weight_gradients
 from tests.unit.worker.conftest import all_dpo_losses, labeled_rows, one_fold, reference_rows
+from worker.checkpointing import activation_checkpointing
 from worker.models import layer_sizes
 from worker.objectives import bases_of, objective_coefficients
 from worker.sketching import DenseGradient, Shape, Sketch, TestMatrices
-from worker.statistics import Statistics, activation_checkpointing, gather, score
+from worker.statistics import Statistics, gather, score
 from worker.targets import lora_config, resolve_targets
 
 OBJECTIVES = [Sft(), Dpo(beta=0.3), Orpo(beta=0.7)]
