@@ -124,7 +124,7 @@ def _init(request: dict[str, Any]) -> Result:
     try:
         work = RealWork(WorkerSettings(), may_split=False)
         dataset = _file("dataset", request["dataset"])
-        extras = {Role(role): _file(role, file) for role, file in request["extras"].items()}
+        extras = {Role(role): _file(role, file) for role, file in request.get("extras", {}).items()}
         result = work.initialize(spec, dataset, extras, workplace, _say_progress)
         assert isinstance(result, Result)
         workplace.chmod(0o755)  # mkdtemp's is for the owner alone
