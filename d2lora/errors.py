@@ -101,6 +101,10 @@ class D2LoraError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.detail, self.errors)
 
+    def within(self, field: str) -> "D2LoraError":
+        """Return the same error, which says in which field of a request it lies."""
+        return _rebuild(type(self), f"{field}: {self.detail}", self.errors)
+
     def problem(self, *, request_id: str | None = None) -> Problem:
         """Return the RFC 9457 object for this error."""
         return Problem(

@@ -328,7 +328,9 @@ class Retained(Frozen):
     """The loss per token of held-out retain rows, before and after."""
 
     base: float
-    unrestrained: float = Field(description="of the adapter that would be delivered without retain rows")
+    unrestrained: float | None = Field(
+        description="of the adapter that would be delivered without retain rows; null if it is not finite"
+    )
     adapter: float = Field(description="of the delivered adapter")
     rows: int
     tolerance: float

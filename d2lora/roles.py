@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
+from d2lora.errors import RequestInvalid
 from d2lora.initializations import InitializationSpec
 
 
@@ -36,6 +37,13 @@ def extra_dataset_ids(spec: InitializationSpec) -> dict[Role, str]:
     """Return the ID of every dataset that a request names besides ``dataset_id``."""
     named = {role: _value_at(spec, field) for role, field in FIELDS.items()}
     return {role: dataset_id for role, dataset_id in named.items() if dataset_id is not None}
+
+
+def check_given(spec: InitializationSpec, extras: Mapping[Role, object]) -> None:
+    """Raise `RequestInvalid` unless the datasets that a request names beside its own are there."""
+    for role in extra_dataset_ids(spec):
+        if role not in extras:
+            raise RequestInvalid(f"{FIELDS[role]}: the request names a dataset, and its rows were not given")
 
 
 def without_dataset_ids(fields: dict[str, Any]) -> dict[str, Any]:

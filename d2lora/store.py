@@ -5,6 +5,7 @@ Every public verb is one transaction. What workers do is in `d2lora.leases`, wha
 """
 
 import hashlib
+import json
 import secrets
 from datetime import datetime
 from typing import Any, Self
@@ -94,8 +95,7 @@ class Store:
             IdempotencyMismatch: the key was used for another request.
             NotFound: a dataset is not this tenant's.
         """
-        # Without defaults, so that fields of a later version leave the digest of an earlier request as it was.
-        digest = hashlib.sha256(spec.model_dump_json(exclude_defaults=True).encode()).hexdigest()
+        digest = _digest(spec)
         try:
             return self._create(tenant, spec, queue, idempotency_key, digest)
         except IntegrityError:
@@ -124,7 +124,7 @@ class Store:
                 id=new_id("init", moment),
                 tenant=tenant,
                 state=State.QUEUED,
-                spec=spec.model_dump(mode="json"),
+                spec=_stored(spec),
                 queue=queue,
                 stage=Stage.WHOLE,
                 attempt=0,
@@ -206,6 +206,29 @@ class Store:
             if row.state != State.SUCCEEDED or row.prefix is None:
                 raise Conflict(f"initialization {row.id} is {row.state}; files exist once it has succeeded")
             return row.prefix
+
+
+def _stored(spec: InitializationSpec) -> dict[str, Any]:
+    """Return a request with its defaults, but for options that are off: a worker of an earlier version lacks them."""
+    return spec.model_dump(mode="json", exclude_none=True, exclude={"rounds"} if spec.rounds == 1 else set())
+
+
+def _digest(spec: InitializationSpec) -> str:
+    """Return the digest of a request, by which an idempotency key knows it again."""
+    # Without defaults, so that fields of a later version leave the digest of an earlier request as it was; but of what
+    # kind an object is, is a default of its class.
+    named = {"request": spec.model_dump(mode="json", exclude_defaults=True), "kinds": _kinds(spec.model_dump())}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+def _kinds(value: object) -> object:
+    """Return what is left of nested fields when all but those named ``type`` are taken away."""
+    if isinstance(value, list):
+        return [_kinds(item) for item in value]
+    if not isinstance(value, dict):
+        return None
+    inner = {name: _kinds(item) for name, item in value.items() if isinstance(item, dict | list)}
+    return {name: kinds for name, kinds in inner.items() if kinds} | {"type": value.get("type")}
 
 
 def new_id(kind: str, moment: datetime) -> str:

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from d2lora.datasets import DatasetFile, read_rows
+from d2lora.errors import D2LoraError
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase, Sft
+from d2lora.roles import FIELDS, Role
 from d2lora.settings import WorkerSettings
 from worker.batches import make_batches
 from worker.clock import Clock
@@ -19,19 +21,30 @@ from worker.subject import Subject, length_limit
 from worker.units import OnProgress
 
 
-def read_evaluation(base: BaseModel, spec: InitializationSpec, dataset: DatasetFile | None) -> list[Example] | None:
-    """Return a dataset's rows if there is one; raise what `worker.data.encode_rows` and `resolve_objectives` do."""
-    examples = read_extra(base, spec, dataset)
+def read_evaluation(
+    base: BaseModel, spec: InitializationSpec, extras: Mapping[Role, DatasetFile]
+) -> list[Example] | None:
+    """Return the evaluation's rows if there are any; raise what `read_extra` and `resolve_objectives` do."""
+    examples = read_extra(base, spec, extras, Role.EVALUATION)
     if examples is not None:
         resolve_objectives(spec.objectives, examples[0].supervision)
     return examples
 
 
-def read_extra(base: BaseModel, spec: InitializationSpec, dataset: DatasetFile | None) -> list[Example] | None:
-    """Return a dataset's rows if there is one; raises what `worker.data.encode_rows` does."""
-    if dataset is None:
+def read_extra(
+    base: BaseModel, spec: InitializationSpec, extras: Mapping[Role, DatasetFile], role: Role
+) -> list[Example] | None:
+    """Return the rows of a role if there are any.
+
+    Raises:
+        D2LoraError: what reading and encoding raise, with the request's field before it.
+    """
+    if role not in extras:
         return None
-    return encode_rows(read_rows(dataset), base.tokenizer, max_length=length_limit(base, spec)[0]).examples
+    try:
+        return encode_rows(read_rows(extras[role]), base.tokenizer, max_length=length_limit(base, spec)[0]).examples
+    except D2LoraError as error:
+        raise error.within(FIELDS[role]) from error
 
 
 def measure(

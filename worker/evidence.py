@@ -41,6 +41,8 @@ class Intake(Frozen):
     """Of the dataset's file."""
     extras: dict[Role, str]
     """sha256 of the files of all other datasets."""
+    columns: dict[str, dict[str, str]]
+    """Of ``dataset`` and the others, where the names in the file are not the fields' own."""
     read: int
     used: int
     truncated: int
@@ -51,11 +53,19 @@ class Intake(Frozen):
     warnings: list[str]
 
 
-def intake(encoded: Encoded, *, sha256: str, extras: dict[Role, str], warnings: list[str]) -> Intake:
+def intake(
+    encoded: Encoded,
+    *,
+    sha256: str,
+    extras: dict[Role, str],
+    columns: dict[str, dict[str, str]],
+    warnings: list[str],
+) -> Intake:
     """Return the summary of encoded rows."""
     return Intake(
         sha256=sha256,
         extras=extras,
+        columns=columns,
         read=encoded.rows_read,
         used=len(encoded.examples),
         truncated=encoded.truncated,
@@ -214,6 +224,7 @@ def fingerprint(spec: InitializationSpec, rows: Intake, *, base_identity: str, d
         "base": base_identity,
         "dataset": rows.sha256,
         "extras": {role: digest for role, digest in rows.extras.items() if role not in MEASURING},
+        "columns": {name: own for name, own in rows.columns.items() if name not in MEASURING},
         "dtype": dtype,
         "versions": versions(),
     }

@@ -12,7 +12,7 @@ from typing import assert_never
 
 from d2lora.datasets import DatasetFile, read_rows
 from d2lora.initializations import InitializationSpec, Phase, Result
-from d2lora.roles import Role
+from d2lora.roles import Role, check_given
 from d2lora.settings import WorkerSettings
 from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
 from worker import models
@@ -56,6 +56,7 @@ def initialize(
     Raises:
         D2LoraError: the request, the rows, the model or the numbers do not allow an adapter; ``out`` has no manifest.
     """
+    check_given(spec, extras)
     clock = Clock(on_progress)
     subject = load_subject(spec, settings, load, clock)
     base, targets = subject.base, subject.targets
@@ -64,11 +65,13 @@ def initialize(
     encoded = encode_rows(read_rows(dataset), base.tokenizer, max_length=max_length)
     # All that can be refused is refused before the pass.
     objectives = resolve_objectives(spec.objectives, encoded.examples[0].supervision)
-    evaluation = read_evaluation(base, spec, extras.get(Role.EVALUATION))
-    retain = read_extra(base, spec, extras.get(Role.RETAIN))
+    evaluation = read_evaluation(base, spec, extras)
+    retain = read_extra(base, spec, extras, Role.RETAIN)
     general = read_general_rows(subject, spec, extras)
     digests = {role: sha256(extra.path) for role, extra in extras.items()}
-    rows = intake(encoded, sha256=sha256(dataset.path), extras=digests, warnings=warnings)
+    files = [("dataset", dataset), *((str(role), extra) for role, extra in extras.items())]
+    columns = {name: dict(file.columns) for name, file in files if file.columns}
+    rows = intake(encoded, sha256=sha256(dataset.path), extras=digests, columns=columns, warnings=warnings)
     clock(Phase.READING, 1, 1)
 
     if general is not None:
@@ -194,12 +197,13 @@ def finish(
         ChecksumMismatch: an input is damaged or missing, or the weights are not those of the job's first worker.
         D2LoraError: the model or the numbers do not allow an adapter; ``out`` has no manifest.
     """
+    check_given(spec, extras)
     planned = read_plan(plan)
     clock = Clock(on_progress, planned.seconds)
     subject = load_subject(spec, settings, load, clock, planned.base)
     base, targets = subject.base, subject.targets
     clock(Phase.READING, 0, 1)
-    evaluation = read_evaluation(base, spec, extras.get(Role.EVALUATION))
+    evaluation = read_evaluation(base, spec, extras)
     clock(Phase.READING, 1, 1)
 
     objectives = resolve_objectives(spec.objectives, planned.rows.supervision)

@@ -8,6 +8,7 @@ Shape legend
     S  sequences    T  tokens of a padded sequence    I  in_features    N  LoRA rank r
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from worker.data import Example, needed
 from worker.factors import Direction
 from worker.models import BaseModel, layer_sizes
 from worker.moments import Moment, Spectrum
-from worker.objectives import Scores, row_losses
+from worker.objectives import Scores, row_losses, rows_measured
 from worker.progress import PhaseCounter
 from worker.sketching import LowRank, TestMatrices
 from worker.statistics import score
@@ -97,7 +98,7 @@ def general_text(
     Raises:
         DatasetInvalid: there are no two distinct rows.
         NumericalFailure: a log-probability is not finite.
-        OutOfMemory: a single row does not fit.
+        OutOfMemory: a batch does not fit.
     """
     examples = needed(examples, [Sft()])
     folds = min(FOLDS, distinct_rows(examples))
@@ -114,7 +115,8 @@ def general_text(
     held = [measuring[index] for index in chosen]
     learned = [batch for batch in batches if batch.fold != 0]
     count = PhaseCounter(Phase.STATISTICS, len(held) + len(learned), on_progress)
-    moments = {name: _empty(module, spec, base.device) for name, module in targets.items()}
+    matrices = TestMatrices(spec.seed, base.device)  # one for all layers, which share what it has made
+    moments = {name: _empty(module, spec, matrices) for name, module in targets.items()}
     for batch in learned:
         add_inputs(base, targets, moments, batch)
         count()
@@ -207,9 +209,9 @@ def restrain(
         calibration,
         Retained(
             base=text.loss,
-            unrestrained=text.loss + unrestrained,
+            unrestrained=text.loss + unrestrained if math.isfinite(unrestrained) else None,
             adapter=text.loss + rise,
-            rows=len(text.scores.chosen_logps),
+            rows=rows_measured(Sft(), text.scores),
             tolerance=tolerance,
             mu=mu,
             strengths=list(STRENGTHS[: len(tried)]),
@@ -259,14 +261,14 @@ def _loss(scores: Scores) -> float:
     return row_losses(Sft(), scores, scores).mean().item()
 
 
-def _empty(module: nn.Module, spec: InitializationSpec, device: torch.device) -> Moment:
+def _empty(module: nn.Module, spec: InitializationSpec, matrices: TestMatrices) -> Moment:
     _, in_features = layer_sizes(module)
     weight = next(module.parameters(), None)
-    place = device if weight is None else weight.device
+    place = matrices.device if weight is None else weight.device
     if spec.statistics == "exact":
         return Moment.empty(torch.eye(in_features, device=place))
     width = min(MOMENT_OVERSAMPLING * spec.lora.r, in_features)
-    return Moment.empty(TestMatrices(spec.seed, device).on(place).moment(in_features, width))
+    return Moment.empty(matrices.on(place).moment(in_features, width))
 
 
 def _mean(spectrum: Spectrum, tokens: int) -> Spectrum:

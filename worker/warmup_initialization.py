@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2lora.datasets import DatasetFile, read_rows
-from d2lora.errors import ObjectiveUnavailable, RequestInvalid
+from d2lora.errors import ObjectiveUnavailable
 from d2lora.initializations import Dpo, HeldOut, InitializationSpec, Objective, Orpo, Phase, Result, ResultSummary, Sft
 from d2lora.methods import Warmup
 from d2lora.roles import FIELDS, Role
@@ -42,7 +42,6 @@ def read_general_rows(
     """Return the rows of a warm-up, or None if the method is another.
 
     Raises:
-        RequestInvalid: there is no file of them.
         ObjectiveUnavailable: the trainer cannot learn from rows of this form.
         ModelUnsupported: the base cannot be trained on.
     """
@@ -50,9 +49,7 @@ def read_general_rows(
     if not isinstance(method, Warmup):
         return None
     check_warm_up(subject.base)
-    file = extras.get(Role.WARMUP)
-    if file is None:
-        raise RequestInvalid(f"{FIELDS[Role.WARMUP]}: there are no rows for the warm-up")
+    file = extras[Role.WARMUP]
     encoded = encode_rows(read_rows(file), subject.base.tokenizer, max_length=length_limit(subject.base, spec)[0])
     if method.trainer not in encoded.examples[0].supervision.objectives:
         raise ObjectiveUnavailable(

@@ -14,7 +14,20 @@ import d2lora
 from d2lora.claims import Standing
 from d2lora.database import migrate
 from d2lora.errors import Conflict, IdempotencyMismatch, NotFound, NumericalFailure, RequestInvalid, StoreUnavailable
-from d2lora.initializations import HeldOut, InitializationSpec, Phase, Progress, Result, ResultSummary, State
+from d2lora.initializations import (
+    Dpo,
+    HeldOut,
+    InitializationSpec,
+    Mean,
+    Orpo,
+    Phase,
+    Progress,
+    Result,
+    ResultSummary,
+    State,
+    UpGrad,
+)
+from d2lora.methods import Gaussian, Kaiming
 from d2lora.roles import FIELDS, Role, with_dataset_ids
 from d2lora.settings import DatabaseSettings
 from d2lora.store import Store
@@ -317,6 +330,22 @@ def test_a_key_with_another_request_is_refused(store, spec):
 
     with pytest.raises(IdempotencyMismatch):
         store.create("acme", spec.model_copy(update={"seed": 1}), idempotency_key="k")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"objectives": [Dpo()]}, {"objectives": [Orpo()]}),
+        ({"combination": UpGrad()}, {"combination": Mean()}),
+        ({"method": Kaiming()}, {"method": Gaussian()}),
+    ],
+)
+def test_requests_that_differ_in_the_kind_of_an_object_alone_are_different(store, spec, one, other):
+    store.create("acme", spec.model_copy(update=one), idempotency_key="k")
+
+    with pytest.raises(IdempotencyMismatch):
+        store.create("acme", spec.model_copy(update=other), idempotency_key="k")
+    assert not store.create("acme", spec.model_copy(update=one), idempotency_key="k")[1]
 
 
 def test_racing_requests_with_one_key_make_one_job(database, store, spec):

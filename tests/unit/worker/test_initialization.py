@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from d2lora.datasets import DatasetFile, Format
-from d2lora.errors import DeviceFailure, ObjectiveUnavailable, RowsTooLong, StorageFull
+from d2lora.errors import D2LoraError, DeviceFailure, ObjectiveUnavailable, RequestInvalid, RowsTooLong, StorageFull
 from d2lora.initializations import Dpo, InitializationSpec, LoraSpec
 from d2lora.roles import Role
 from d2lora.settings import WorkerSettings
@@ -145,6 +145,34 @@ def test_another_seed_or_dataset_has_another_fingerprint(base_model, tmp_path):
     }
 
     assert len(prints) == 3
+
+
+def test_columns_that_are_read_otherwise_have_another_fingerprint(base_model, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"q": f"item {n}:", "a": " yes", "b": " no"}) + "\n" for n in range(4)))
+    readings = [{"prompt": "q", "chosen": one, "rejected": other} for one, other in ("ab", "ba")]
+
+    prints = {
+        run(base_model, DatasetFile(path, Format.JSONL, columns), tmp_path / name, start="zero").summary.fingerprint
+        for name, columns in zip("xy", readings, strict=True)
+    }
+
+    assert len(prints) == 2
+
+
+def test_a_dataset_that_is_named_has_to_be_there(base_model, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", 4)
+
+    with pytest.raises(RequestInvalid, match="retain_dataset_id: the request names a dataset, and its rows"):
+        run(base_model, rows, tmp_path / "out", retain_dataset_id="ds_1")
+
+
+def test_a_fault_in_further_rows_names_their_field(base_model, tmp_path):
+    rows, broken = write_rows(tmp_path / "rows.jsonl", 4), tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "only"}\n')
+
+    with pytest.raises(D2LoraError, match=r"^eval_dataset_id: "):
+        run(base_model, rows, tmp_path / "out", evaluation=DatasetFile(broken, Format.JSONL))
 
 
 def test_the_configuration_keeps_a_reference_copy_harmless(base_model, tmp_path):
