@@ -480,8 +480,8 @@ def test_of_labeled_rows_a_method_sees_the_desirable_ones_alone():
     assert all(example.desirable is None for example in seen)
 
 
-def test_every_method_has_a_test():
+def test_every_method_of_peft_has_a_test():
     tested = {method if isinstance(method, str) else method["type"] for method in METHODS}
 
-    assert tested == set(NAMES) - {"gradient"}
+    assert tested == set(NAMES) - {"gradient", "warmup"}  # ours and TRL's
     assert {kind.model_fields["type"].default for kind in CHANGES_BASE} == set(CHANGING)
