@@ -496,10 +496,10 @@ def test_memory_that_runs_out_in_a_shard_changes_its_cut_into_batches_alone(job,
     (tmp_path / "rows.safetensors").write_bytes(rows.read_bytes())
     real = statistics._forward_and_backward
 
-    def small_memory(base, targets, recorder, batch, *others):
+    def small_memory(base, targets, recorder, batch, *others, **options):
         if len(batch.rows) > 1:
             raise MemoryError
-        return real(base, targets, recorder, batch, *others)
+        return real(base, targets, recorder, batch, *others, **options)
 
     monkeypatch.setattr(statistics, "_forward_and_backward", small_memory)
 
