@@ -68,6 +68,9 @@ def make_app(broker: BrokerSettings, settings: WorkerSettings) -> Celery:
         # The last resort against a child that hangs; only the process pool can enforce it.
         task_time_limit=longest,
         worker_consumer="worker.app:PatientConsumer",
+        # A child that died leaves no result to wait for: the database has it. By default its parent would take no
+        # message for 10 seconds, though the next child is ready before.
+        worker_lost_wait=1.0,
         # Threads can be neither limited in time nor killed; one child, since it has the GPU or the cores to itself.
         worker_pool="prefork",
         worker_concurrency=1,
