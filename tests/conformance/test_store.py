@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import create_engine, event
+from sqlalchemy import create_engine, event, select
 
 import d2lora
 from d2lora.claims import Standing
@@ -31,7 +31,7 @@ from d2lora.methods import Gaussian, Kaiming
 from d2lora.roles import FIELDS, Role, with_dataset_ids
 from d2lora.settings import DatabaseSettings
 from d2lora.store import Store
-from d2lora.tables import Table
+from d2lora.tables import InitializationRow, Table
 from tests.conformance.conftest import add_dataset
 
 LEASE = timedelta(seconds=60)
@@ -346,6 +346,18 @@ def test_requests_that_differ_in_the_kind_of_an_object_alone_are_different(store
     with pytest.raises(IdempotencyMismatch):
         store.create("acme", spec.model_copy(update=other), idempotency_key="k")
     assert not store.create("acme", spec.model_copy(update=one), idempotency_key="k")[1]
+
+
+def test_a_stored_request_leaves_out_the_options_that_are_off(store, spec):
+    job, _ = store.create("acme", spec)
+
+    with store._engine.connect() as connection:
+        stored = connection.execute(
+            select(InitializationRow.__table__.c.spec).where(InitializationRow.__table__.c.id == job.id)
+        ).scalar_one()
+    # A worker of an earlier version would refuse the job for a field that it does not know.
+    assert {"rounds", "whitening", "retain_dataset_id", "second_pass_above"}.isdisjoint(stored)
+    assert InitializationSpec.model_validate(stored) == spec
 
 
 def test_racing_requests_with_one_key_make_one_job(database, store, spec):
