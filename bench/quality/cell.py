@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from bench.quality.choices import questions, right_answers
 from bench.quality.datasets import Splits, general_rows, in_batches, splits
+from bench.quality.encoding import fits
 from bench.quality.generation import row_scores
 from bench.quality.grid import Cell, Places
 from bench.quality.initializers import INITIALIZERS
@@ -36,6 +37,7 @@ def run(cell: Cell, places: Places) -> Record:
         validation_rows=protocol.validation_rows,
         test_rows=protocol.test_rows,
         with_test=cell.phase == "test",
+        fits=lambda row: fits(row, tokenizer, max_length=protocol.max_length),
     )
     measure = _Measure(cell, parts, places, base, tokenizer)
     record: Record = {"fingerprint": cell.fingerprint, "cell": cell.model_dump(), "base": measure.base}

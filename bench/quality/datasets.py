@@ -5,6 +5,7 @@ held out of ``train``, the same ones for every seed and size.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,15 +38,22 @@ def splits(
     validation_rows: int,
     test_rows: int,
     with_test: bool,
+    fits: Callable[[Row], bool] = lambda _: True,
 ) -> Splits:
     """Return the splits; ``train`` is the first ``rows`` of the seed's shuffle.
+
+    Rows that do not fit are passed over everywhere: cut off, they would have nothing to learn.
 
     Raises:
         ValueError: fewer rows than asked for, or a row without a field that the kind needs.
     """
-    pool = read(folder / "train.jsonl", kind, trainer)
+
+    def fitting(name: str) -> list[Row]:
+        return [row for row in read(folder / name, kind, trainer) if fits(row)]
+
+    pool = fitting("train.jsonl")
     if (folder / "validation.jsonl").exists():
-        validation = shuffled(read(folder / "validation.jsonl", kind, trainer), HELD_OUT)[:validation_rows]
+        validation = shuffled(fitting("validation.jsonl"), HELD_OUT)[:validation_rows]
     else:
         mixed = shuffled(pool, HELD_OUT)
         validation, pool = mixed[:validation_rows], mixed[validation_rows:]
@@ -54,7 +62,7 @@ def splits(
         raise ValueError(f"{folder.name}: {rows} rows wanted, and {len(train)} are left beside the validation rows")
     test = None
     if with_test:
-        test = shuffled(read(folder / "test.jsonl", kind, trainer), HELD_OUT)[:test_rows]
+        test = shuffled(fitting("test.jsonl"), HELD_OUT)[:test_rows]
     return Splits(train, validation, test)
 
 

@@ -33,6 +33,15 @@ def encode(row: Row, field: str, tokenizer: PreTrainedTokenizerBase, *, max_leng
     return Sequence(whole, max(1, same))
 
 
+def fits(row: Row, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> bool:
+    """Return whether all of a row's completions stay whole; text without a prompt may be cut."""
+    return "text" in row or all(
+        len(encode(row, field, tokenizer, max_length=max_length + 1).ids) <= max_length
+        for field in row
+        if field != "prompt"
+    )
+
+
 def field_of(row: Row) -> str:
     """Return the field that is learned by likelihood."""
     return next(name for name in ("chosen", "completion", "text") if name in row)

@@ -182,6 +182,16 @@ def test_too_few_rows_are_refused_by_number(tmp_path):
         cut(tmp_path, rows=35)
 
 
+def test_rows_that_do_not_fit_are_in_no_split(tmp_path):
+    write(tmp_path, "train", "test")
+
+    parts = cut(tmp_path, rows=14, with_test=True, fits=lambda row: int(row["text"].split()[1]) % 2 == 0)
+
+    numbers = [int(row["text"].split()[1]) for row in parts.train + parts.validation + parts.test]
+    assert len(numbers) == 14 + 6 + 5
+    assert all(number % 2 == 0 for number in numbers)
+
+
 def test_every_pass_sees_every_row_once_in_another_order():
     rows = [{"text": str(number)} for number in range(6)]
 

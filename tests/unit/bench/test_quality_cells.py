@@ -7,7 +7,7 @@ from bench.quality import running
 from bench.quality.cell import load, run
 from bench.quality.choices import Question, questions, right_answers
 from bench.quality.datasets import read, splits
-from bench.quality.encoding import encode
+from bench.quality.encoding import encode, fits
 from bench.quality.grid import Plan
 from bench.quality.measuring import Held, mean_loss, score_all
 from bench.quality.running import run_plans
@@ -86,6 +86,17 @@ def test_a_loss_is_trls_on_the_same_rows(places, tmp_path):
     ]
     scores = score_all(model, held)
     assert mean_loss("sft", scores, scores, beta=0.1).item() == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_completion_that_would_be_cut_does_not_fit_and_a_text_does(places):
+    _, tokenizer = load(places.models["smoke"])
+    row = {"prompt": "Abstract: one\nTitle:", "completion": " two three"}
+    length = len(encode(row, "completion", tokenizer, max_length=99).ids)
+
+    assert fits(row, tokenizer, max_length=length)
+    assert not fits(row, tokenizer, max_length=length - 1)
+    assert not fits({"prompt": "p", "chosen": " a", "rejected": " a" * 99}, tokenizer, max_length=length)
+    assert fits({"text": "one two " * 99}, tokenizer, max_length=length)
 
 
 def test_rows_of_a_task_are_split_into_parts_that_share_nothing(places):
