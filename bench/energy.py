@@ -23,10 +23,12 @@ from worker.batches import make_batches
 from worker.combining import combine, objective_gramian
 from worker.data import encode_rows
 from worker.factors import inner_products
+from worker.gradients import DenseGradient
+from worker.matrices import Shape, TestMatrices
 from worker.models import layer_sizes
 from worker.objectives import bases_of, objective_coefficients, resolve_objectives
 from worker.second_pass import Projection
-from worker.sketching import DenseGradient, Shape, Sketch, TestMatrices
+from worker.sketching import Sketch
 from worker.statistics import Statistics, gather
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")

@@ -26,11 +26,11 @@ def measure(side: str, arguments: argparse.Namespace) -> int:
     from d2lora.initializations import LoraSpec
     from worker.batches import Batch
     from worker.checkpointing import activation_checkpointing
+    from worker.matrices import TestMatrices
     from worker.models import load
     from worker.objectives import Basis
     from worker.pipeline import sketch_shape
     from worker.sketch_files import SketchFile
-    from worker.sketching import TestMatrices
     from worker.statistics import gather, plain_pass
     from worker.targets import lora_config, resolve_targets
 

@@ -25,11 +25,12 @@ from d2lora.datasets import DatasetFile, Format, read_rows
 from d2lora.initializations import Dpo, LoraSpec, Orpo, Quantization, Sft
 from worker.batches import make_batches
 from worker.data import encode_rows
+from worker.matrices import TestMatrices
 from worker.models import BaseModel, load
 from worker.objectives import bases_of, objective_coefficients
 from worker.pipeline import pad_token, sketch_shape
 from worker.quantization import dequantized_weight
-from worker.sketching import Sketch, TestMatrices
+from worker.sketching import Sketch
 from worker.statistics import gather
 from worker.targets import lora_config, resolve_targets
 

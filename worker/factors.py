@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from d2lora.initializations import Whitening
-from worker.sketching import LayerStatistics, LowRank
+from worker.low_rank import LowRank
+from worker.sketching import LayerStatistics
 from worker.statistics import Statistics
 from worker.whitening import MomentGradient, MomentSketch, whitened_factorization, whitened_gramian
 

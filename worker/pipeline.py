@@ -33,6 +33,7 @@ from worker.factors import (
     inner_products,
     whitened_gramians,
 )
+from worker.matrices import Shape, TestMatrices
 from worker.models import BaseModel, layer_sizes
 from worker.objectives import (
     Basis,
@@ -50,7 +51,6 @@ from worker.rounds import Rounds, Surroundings, further_rounds
 from worker.second_pass import inaccurate_layers, refined
 from worker.sketch_files import SketchFile
 from worker.sketch_files import load as load_statistics
-from worker.sketching import Shape, TestMatrices
 from worker.statistics import Statistics, gather
 from worker.units import OnProgress
 from worker.whitening import OVERSAMPLING as WHITENED_OVERSAMPLING

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from worker.factors import Direction, adapted, calibrated_step
-from worker.sketching import LowRank
+from worker.low_rank import LowRank
 
 Point = Direction
 """The negative update of every layer, of rank r."""
@@ -50,7 +50,7 @@ def _sum(point: LowRank, step: LowRank, eta: float, rank: int) -> LowRank:
     u, values, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
     left, right = q_left @ u, v @ q_right.T
     largest = right.gather(1, right.abs().argmax(1, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0)  # as `worker.sketching` fixes them
+    signs = torch.where(largest < 0, -1.0, 1.0)  # as `worker.low_rank` fixes them
     missed = (point.missed**0.5 + abs(eta) * step.missed**0.5) ** 2
     whole = LowRank(left * signs.T, values, right * signs, values.square().sum().item(), missed).cut(rank)
     return replace(

@@ -12,7 +12,7 @@ from torch import Tensor
 from d2lora import __version__
 from d2lora.initializations import Frozen, HeldOut, InitializationSpec, ResultSummary
 from d2lora.roles import Role
-from worker.sketching import LowRank
+from worker.low_rank import LowRank
 
 _LIBRARIES = ("torch", "transformers", "peft", "torchjd", "safetensors", "bitsandbytes", "trl")
 """Those whose version may change the numbers."""

@@ -24,11 +24,12 @@ from worker.batches import Batch, assign_folds, distinct_rows, make_batches
 from worker.calibration import Calibration, Trial, calibration_batches, score_step
 from worker.data import Example, needed
 from worker.factors import Direction
+from worker.low_rank import LowRank
+from worker.matrices import TestMatrices
 from worker.models import BaseModel, layer_sizes
 from worker.moments import Moment, Spectrum
 from worker.objectives import Scores, row_losses, rows_measured
 from worker.progress import PhaseCounter
-from worker.sketching import LowRank, TestMatrices
 from worker.statistics import score
 from worker.units import OnProgress
 from worker.whitening import MOMENT_OVERSAMPLING, descending, right_multiplied

@@ -28,6 +28,7 @@ from worker.calibration import (
 from worker.checkpointing import activation_checkpointing
 from worker.combining import Mixture
 from worker.factors import Direction
+from worker.matrices import Shape, TestMatrices
 from worker.mismatches import score_for
 from worker.models import BaseModel
 from worker.objectives import (
@@ -44,7 +45,6 @@ from worker.points import Point, at, moved
 from worker.progress import PhaseCounter
 from worker.sketch_files import SketchFile
 from worker.sketch_files import load as load_statistics
-from worker.sketching import Shape, TestMatrices
 from worker.statistics import Statistics, gather
 from worker.units import OnProgress
 

@@ -25,10 +25,12 @@ from d2lora.initializations import Phase
 from worker.batches import Batch
 from worker.checkpointing import activation_checkpointing
 from worker.factors import Direction, summed
+from worker.low_rank import LowRank, oriented
+from worker.matrices import Shape
 from worker.models import BaseModel
 from worker.objectives import Basis
 from worker.progress import PhaseCounter
-from worker.sketching import LowRank, Shape, Sketch, oriented
+from worker.sketching import Sketch
 from worker.statistics import Statistics, gather
 from worker.units import OnProgress
 

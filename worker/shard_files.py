@@ -23,8 +23,8 @@ from d2lora.errors import ChecksumMismatch, FormatMismatch, FormatOutdated
 from d2lora.initializations import Frozen
 from worker.batches import Batch
 from worker.factors import Direction
+from worker.low_rank import LowRank
 from worker.objectives import Scores
-from worker.sketching import LowRank
 
 FORMAT = 5
 """Raised when a file's meaning changes, so that old and new workers never mix them up."""

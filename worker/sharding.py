@@ -21,6 +21,7 @@ from worker.batches import Batch
 from worker.calibration import calibration_batches
 from worker.data import Example
 from worker.evidence import Intake
+from worker.matrices import TestMatrices
 from worker.models import BaseModel
 from worker.objectives import Counts, Scores, bases_of, resolve_objectives
 from worker.pipeline import Pass, deal_batches, gather_statistics, kind_of_sums, pad_token, sketch_shapes
@@ -38,7 +39,6 @@ from worker.shard_files import (
 )
 from worker.sketch_files import SketchFile
 from worker.sketch_files import load as load_statistics
-from worker.sketching import TestMatrices
 from worker.units import OnProgress, ShardFiles, Split
 
 _SCORES = "scores.safetensors"

@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from worker.gradients import DenseGradient
+from worker.matrices import Shape, TestMatrices
 from worker.objectives import Counts
 from worker.shard_files import damaged, header, metadata
-from worker.sketching import DenseGradient, LayerStatistics, Shape, Sketch, TestMatrices
+from worker.sketching import LayerStatistics, Sketch
 from worker.statistics import Statistics
 from worker.whitening import MomentGradient, MomentSketch
 

@@ -1,4 +1,4 @@
-"""What is kept of each layer's weight gradients: two-sided sketches, or the dense gradients as an oracle.
+"""What is kept of each layer's weight gradients: two-sided sketches, or the dense gradients (`worker.gradients`).
 
 For a frozen linear layer with inputs X and output gradients D, basis k has ``G_k = sum_s a_ks D_s^T X_s``. A `Sketch`
 keeps only products of G_k with two fixed random test matrices, taken while the backward runs; G_k itself never exists.
@@ -14,151 +14,18 @@ References:
         arXiv:1609.00048
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worker.projections import FoldedMatrix, Remembered, orthonormal, random_signs
+from worker.gradients import DenseGradient
+from worker.low_rank import LowRank, oriented
+from worker.matrices import Shape, TestMatrices
 
 _TRANSIENT_ELEMENTS = 2**20
 """Elements of the per-sequence products held at once; 4 MiB in float32."""
-_MOST_PARTS = 8
-"""Parts that psi folds onto each other; more would save little and cost a kernel each."""
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """``left @ diag(values) @ right`` with orthonormal factors, and what it leaves out."""
-
-    left: Float[Tensor, "O N"]
-    values: Float[Tensor, " N"]
-    """Descending."""
-    right: Float[Tensor, "N I"]
-    energy: float
-    """Squared Frobenius norm of the matrix that was factorized; an unbiased estimate from a sketch."""
-    missed: float
-    """Estimated squared Frobenius norm of what the sketch could not represent, before the cut; 0 when exact."""
-    slope: float | None = None
-    """Inner product with the gradient that is descended; None if that is ``kept``, as for a part of the gradient."""
-
-    @property
-    def kept(self) -> float:
-        """Squared Frobenius norm of this factorization."""
-        return self.values.double().square().sum().item()
-
-    @property
-    def descent(self) -> float:
-        """How fast the loss falls along this direction, at first."""
-        return self.kept if self.slope is None else self.slope
-
-    def cut(self, rank: int) -> "LowRank":
-        """Return the best approximation of the given rank."""
-        if rank >= len(self.values):
-            return self
-        return LowRank(self.left[:, :rank], self.values[:rank], self.right[:rank], self.energy, self.missed)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one layer and of its sketch."""
-
-    out_features: int
-    in_features: int
-    width: int
-    """Q."""
-
-    @property
-    def transposed(self) -> bool:
-        """Whether G^T is sketched: the wider sketch lies along the shorter side, of a square layer along its outputs.
-
-        So query, key and value layers have one product of their common inputs with psi.
-        """
-        return self.in_features >= self.out_features
-
-    @property
-    def longer(self) -> int:
-        """L."""
-        return max(self.out_features, self.in_features)
-
-    @property
-    def shorter(self) -> int:
-        """M."""
-        return min(self.out_features, self.in_features)
-
-    @property
-    def corange_width(self) -> int:
-        """P, twice Q and so at least four times the directions that are fitted; never more than a full basis.
-
-        Two above Q where Q is 1: with fewer, the fit's expected error is not finite.
-        """
-        return min(max(2 * self.width, self.width + 2), self.longer)
-
-
-@dataclass
-class TestMatrices:
-    """Seeded test matrices, shared by all layers of equal sides: ``omega`` (M x Q) and ``psi`` (P x L).
-
-    Columns of omega are orthonormal up to a factor that makes squared norms unbiased, and so are those of psi's mix:
-    this is better conditioned than Gaussian entries, and exact for a full basis.
-    """
-
-    __test__: ClassVar[bool] = False  # not a test case, whatever pytest thinks of the name
-
-    seed: int
-    device: torch.device
-    _cache: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
-    _elsewhere: dict[torch.device, "TestMatrices"] = field(default_factory=dict)
-    _last: dict[str, Remembered] = field(default_factory=dict)
-
-    def on(self, device: torch.device) -> "TestMatrices":
-        """Return the same matrices on another device, for the layers of a spread model that lie there."""
-        if device == self.device:
-            return self
-        return self._elsewhere.setdefault(device, TestMatrices(self.seed, device))
-
-    def omega(self, shape: Shape) -> Float[Tensor, "M Q"]:
-        """Return the test matrix of the range sketch."""
-        return self._kept("omega", shape.shorter, shape.width)
-
-    def moment(self, in_features: int, width: int) -> Float[Tensor, "I N"]:
-        """Return the test matrix of an input's second moment."""
-        return self._kept("moment", in_features, width)
-
-    def psi(self, shape: Shape) -> FoldedMatrix:
-        """Return the test matrix of the co-range sketch."""
-        length, rows = shape.longer, shape.corange_width
-        parts = min(_MOST_PARTS, length // rows)
-        if parts < 2:
-            return FoldedMatrix(torch.ones(length, device=self.device), (self._kept("mix", length, rows),))
-        shorter = -(-length // parts) | 1
-        blocks = ((shorter, rows // 2), (shorter + 2, rows - rows // 2))  # odd numbers two apart have no common factor
-        return FoldedMatrix(self._kept("signs", length, 1)[:, 0], tuple(self._kept("mix", *block) for block in blocks))
-
-    def omega_of(self, shape: Shape, rows: Float[Tensor, "*N M"]) -> Float[Tensor, "*N Q"]:
-        """Return ``rows @ omega`` in float32, computed once if several layers in turn have the same inputs."""
-        return self._once("omega", (shape.shorter, shape.width), rows, lambda rows: rows @ self.omega(shape))
-
-    def psi_of(self, shape: Shape, rows: Float[Tensor, "*N L"]) -> Float[Tensor, "*N P"]:
-        """Return ``rows @ psi.T`` in float32, computed once if several layers in turn have the same inputs."""
-        return self._once("psi", (shape.longer, shape.corange_width), rows, self.psi(shape).of)
-
-    def _once(self, role: str, size: tuple[int, int], rows: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-        last = self._last.get(role)
-        if last is None or not last.is_of(rows, size):
-            last = self._last[role] = Remembered.of(rows, size, product(rows.float()))
-        return last.product
-
-    def _kept(self, role: str, rows: int, columns: int) -> Tensor:
-        key = (role, rows, columns)
-        if key not in self._cache:
-            generator = torch.Generator().manual_seed(self.seed * 3 + ("omega", "mix", "signs", "moment").index(role))
-            make = random_signs if role == "signs" else orthonormal
-            self._cache[key] = make(rows, columns, generator).to(self.device)
-        return self._cache[key]
 
 
 @dataclass
@@ -275,91 +142,7 @@ class Sketch:
         return Sketch(shape, matrices, tensors["range"], tensors["corange"], tensors["rows"])
 
 
-@dataclass
-class DenseGradient:
-    """K dense gradients of one layer: the exact mode, for small models and as the tests' oracle."""
-
-    shape: Shape
-    matrices: TestMatrices
-    """Unused but for the device; both kinds are made and restored alike."""
-    gradients: Float[Tensor, "K O I"]
-    row_gramian: Float[Tensor, "K K"]
-
-    @staticmethod
-    def empty(shape: Shape, bases: int, matrices: TestMatrices) -> "DenseGradient":
-        """Return the gradients of nothing."""
-        return DenseGradient(
-            shape,
-            matrices,
-            torch.zeros(bases, shape.out_features, shape.in_features, device=matrices.device),
-            torch.zeros(bases, bases, dtype=torch.float64, device=matrices.device),
-        )
-
-    def add(
-        self,
-        inputs: Float[Tensor, "S T I"],
-        output_grads: Float[Tensor, "S T O"],
-        weights: Float[Tensor, "K S"],
-        *,
-        paired: bool,
-    ) -> None:
-        """Add ``sum_s weights[k, s] D_s^T X_s`` to every basis."""
-        inputs, output_grads = inputs.float(), output_grads.float()
-        update = torch.einsum("ks,sto,sti->koi", weights.float(), output_grads, inputs)
-        halves = 2 if paired else 1
-        grads_HRTO = output_grads.unflatten(0, (halves, -1))
-        inputs_HRTI = inputs.unflatten(0, (halves, -1))
-        # <D^T X, E^T Y> = sum over pairs of tokens of (D E^T) * (X Y^T): no gradient of a single row is formed.
-        products_RHH = torch.stack(
-            [
-                torch.stack(
-                    [
-                        ((grads_HRTO[h] @ grads_HRTO[g].mT) * (inputs_HRTI[h] @ inputs_HRTI[g].mT)).sum((1, 2))
-                        for g in range(halves)
-                    ],
-                    dim=1,
-                )
-                for h in range(halves)
-            ],
-            dim=1,
-        ).double()
-        self.row_gramian += weigh_row_products(weights.double().unflatten(1, (halves, -1)), products_RHH)
-        self.gradients += update
-
-    def inner_products(self, other: "DenseGradient") -> Float[Tensor, "K K"]:
-        """Return ``<G_j, G'_k>``; float64."""
-        return torch.einsum("joi,koi->jk", self.gradients.double(), other.gradients.double())
-
-    def factorize(self, coefficients: Float[Tensor, " K"], rank: int) -> LowRank:
-        """Return the best rank-r part of ``sum_k coefficients[k] G_k`` by a full singular value decomposition."""
-        matrix = torch.einsum("k,koi->oi", coefficients.to(self.gradients), self.gradients)
-        if self.shape.transposed:
-            matrix = matrix.T
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        energy = values.double().square().sum().item()
-        return oriented(left, values, right, energy=energy, missed=0.0, shape=self.shape).cut(rank)
-
-    @staticmethod
-    def layout(shape: Shape, bases: int) -> dict[str, tuple[str, list[int]]]:
-        """Return type and size of every tensor that `tensors` returns, by name."""
-        return {"rows": ("F64", [bases, bases]), "gradients": ("F32", [bases, shape.out_features, shape.in_features])}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the sums, by name; what `from_tensors` takes."""
-        return {"gradients": self.gradients, "rows": self.row_gramian}
-
-    @staticmethod
-    def from_tensors(shape: Shape, matrices: TestMatrices, tensors: dict[str, Tensor]) -> "DenseGradient":
-        """Return the gradients that gave these tensors."""
-        return DenseGradient(shape, matrices, tensors["gradients"], tensors["rows"])
-
-
 LayerStatistics = Sketch | DenseGradient
-
-
-def weigh_row_products(weights: Float[Tensor, "K H R"], products: Float[Tensor, "R H H"]) -> Float[Tensor, "K K"]:
-    """Return the sum over rows of ``<g_rj, g_rk>``, where ``g_rk = sum_h weights[k, h, r] g_rh``."""
-    return torch.einsum("jhr,rhg,kgr->jk", weights, products, weights)
 
 
 def _error_factor(shape: Shape, width: int) -> float:
@@ -372,27 +155,3 @@ def _error_factor(shape: Shape, width: int) -> float:
         return 1.0 / shape.longer  # psi is a multiple of an orthogonal matrix, and the fit has no noise
     freedom = shape.corange_width - width
     return (1 + width / (freedom - 1)) / freedom
-
-
-def oriented(
-    left: Float[Tensor, "L N"],
-    values: Float[Tensor, " N"],
-    right: Float[Tensor, "N M"],
-    *,
-    energy: float,
-    missed: float,
-    shape: Shape,
-) -> LowRank:
-    """Undo the transposition, and fix the signs."""
-    if shape.transposed:
-        left, right = right.T, left.T
-    return LowRank(*signed(left, values, right), energy, missed)
-
-
-def signed(
-    left: Float[Tensor, "O N"], values: Float[Tensor, " N"], right: Float[Tensor, "N I"]
-) -> tuple[Float[Tensor, "O N"], Float[Tensor, " N"], Float[Tensor, "N I"]]:
-    """Fix the sign that a singular vector pair leaves open: largest entry of right > 0."""
-    largest = right.gather(1, right.abs().argmax(1, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0)
-    return left * signs.T, values, right * signs

@@ -21,8 +21,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from d2lora.initializations import Whitening
+from worker.gradients import DenseGradient
+from worker.low_rank import LowRank, signed
+from worker.matrices import Shape, TestMatrices
 from worker.moments import Moment
-from worker.sketching import DenseGradient, LowRank, Shape, Sketch, TestMatrices, signed
+from worker.sketching import Sketch
 
 OVERSAMPLING = 8
 """Range-sketch width in units of r: whitening raises what a sketch of 4 r keeps least of (docs/log.md)."""

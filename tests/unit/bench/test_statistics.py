@@ -5,8 +5,9 @@ from bench import dense
 from bench.statistics import BASES, Ratio, lost_aims, statistics_over_dense_bytes
 from bench.subjects import Subject, pairs, target_layers
 from tests.support.models import as_base, tiny_llama
+from worker.gradients import DenseGradient
+from worker.matrices import Shape, TestMatrices
 from worker.models import layer_sizes
-from worker.sketching import DenseGradient, Shape, TestMatrices
 from worker.statistics import gather
 
 AIMS = {

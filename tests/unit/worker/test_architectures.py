@@ -26,10 +26,12 @@ from tests.support.reference import dpo_loss, in_float64, orpo_loss, sft_loss, w
 from tests.unit.worker.conftest import one_fold, reference_rows
 from worker.checkpointing import activation_checkpointing
 from worker.factors import Factors, adapted
+from worker.gradients import DenseGradient
 from worker.initialization import initialize
+from worker.matrices import Shape, TestMatrices
 from worker.models import layer_sizes, load, verify_causality, verify_head
 from worker.objectives import bases_of, objective_coefficients
-from worker.sketching import DenseGradient, Shape, Sketch, TestMatrices
+from worker.sketching import Sketch
 from worker.statistics import gather
 from worker.targets import lora_config, resolve_targets
 

@@ -14,11 +14,14 @@ from tests.unit.worker.conftest import as_examples, one_fold, reference_rows
 from tests.unit.worker.test_pipeline import learnable_rows, spec_for, updates
 from tests.unit.worker.test_whitening import power
 from worker.calibration import Calibration, Change, Trial
+from worker.gradients import DenseGradient
+from worker.low_rank import LowRank
+from worker.matrices import Shape, TestMatrices
 from worker.models import layer_sizes
 from worker.moments import Moment, Spectrum
 from worker.pipeline import build_adapter
 from worker.retaining import STRENGTHS, GeneralText, Restraint, add_inputs, restrain, restrained, restraint_from
-from worker.sketching import DenseGradient, LowRank, Shape, Sketch, TestMatrices
+from worker.sketching import Sketch
 from worker.statistics import score
 from worker.targets import lora_config, resolve_targets
 

@@ -15,7 +15,10 @@ from tests.unit.worker.conftest import all_dpo_losses, as_examples, labeled_rows
 from tests.unit.worker.test_initialization import write_rows
 from tests.unit.worker.test_pipeline import build, labels_of, learnable_rows, updates
 from worker import rounds
+from worker.gradients import DenseGradient
 from worker.initialization import initialize
+from worker.low_rank import LowRank
+from worker.matrices import Shape, TestMatrices
 from worker.models import layer_sizes
 from worker.objectives import (
     Away,
@@ -27,7 +30,7 @@ from worker.objectives import (
 )
 from worker.pipeline import build_adapter
 from worker.points import at, first_point, moved
-from worker.sketching import DenseGradient, LowRank, Shape, Sketch, TestMatrices
+from worker.sketching import Sketch
 from worker.statistics import gather, score
 from worker.targets import lora_config, resolve_targets
 

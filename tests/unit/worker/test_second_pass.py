@@ -9,10 +9,11 @@ from tests.support.reference import sft_loss, weight_gradients
 from tests.unit.worker.conftest import as_examples, one_fold
 from tests.unit.worker.test_pipeline import build, learnable_rows
 from tests.unit.worker.test_sketching import decaying
+from worker.matrices import Shape, TestMatrices
 from worker.objectives import Basis
 from worker.pipeline import build_adapter
 from worker.second_pass import Projection, inaccurate_layers
-from worker.sketching import Shape, Sketch, TestMatrices
+from worker.sketching import Sketch
 from worker.statistics import gather
 from worker.targets import lora_config, resolve_targets
 

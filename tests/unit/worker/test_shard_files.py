@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from d2lora.errors import ChecksumMismatch, FormatMismatch, FormatOutdated
 from tests.unit.worker.conftest import as_examples, labeled_rows, reference_rows
 from worker.batches import make_batches
+from worker.low_rank import LowRank
+from worker.matrices import Shape, TestMatrices
 from worker.objectives import Counts, Scores
 from worker.shard_files import (
     FORMAT,
@@ -24,7 +26,6 @@ from worker.shard_files import (
 )
 from worker.sketch_files import SketchFile
 from worker.sketch_files import load as load_statistics
-from worker.sketching import LowRank, Shape, TestMatrices
 
 PIN = BasePin(identity="sha256:0", revision=None, dtype="float32")
 SHAPES = {"a": Shape(12, 30, 4), "b": Shape(40, 10, 4)}

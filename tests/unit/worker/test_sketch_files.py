@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from tests.unit.worker.test_sketching import random_batch
+from worker.gradients import DenseGradient
+from worker.matrices import Shape, TestMatrices
 from worker.objectives import Counts
 from worker.sketch_files import SketchFile, load
-from worker.sketching import DenseGradient, Shape, Sketch, TestMatrices
+from worker.sketching import Sketch
 
 SHAPES = {"a.wide": Shape(12, 30, 4), "b.tall": Shape(40, 10, 4)}
 COUNTS = Counts(rows=10**9, chosen_tokens=10**12, sequence_tokens=10**12)

@@ -3,7 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.sketching import DenseGradient, LowRank, Shape, Sketch, TestMatrices
+from worker.gradients import DenseGradient
+from worker.low_rank import LowRank
+from worker.matrices import Shape, TestMatrices
+from worker.sketching import Sketch
 
 CPU = torch.device("cpu")
 

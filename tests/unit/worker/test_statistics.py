@@ -8,9 +8,11 @@ from tests.support.models import as_base, tiny_gpt2, tiny_llama
 from tests.support.reference import dpo_loss, kto_loss, orpo_loss, sft_loss, weight_gradients
 from tests.unit.worker.conftest import all_dpo_losses, labeled_rows, one_fold, reference_rows
 from worker.checkpointing import activation_checkpointing
+from worker.gradients import DenseGradient
+from worker.matrices import Shape, TestMatrices
 from worker.models import layer_sizes
 from worker.objectives import bases_of, objective_coefficients
-from worker.sketching import DenseGradient, Shape, Sketch, TestMatrices
+from worker.sketching import Sketch
 from worker.statistics import Statistics, gather, score
 from worker.targets import lora_config, resolve_targets
 

@@ -11,10 +11,11 @@ from d2lora.initializations import Kto, Orpo
 from tests.support.models import as_base, tiny_llama, tiny_tokenizer
 from tests.support.reference import kto_loss, sft_loss
 from tests.unit.worker.conftest import all_dpo_losses, labeled_rows, one_fold, reference_rows
+from worker.gradients import DenseGradient
+from worker.matrices import Shape, TestMatrices
 from worker.mismatches import score_for
 from worker.models import layer_sizes
 from worker.objectives import bases_of, log_odds_ratio, objective_coefficients, row_losses
-from worker.sketching import DenseGradient, Shape, TestMatrices
 from worker.statistics import gather, score
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's and its dependencies' own

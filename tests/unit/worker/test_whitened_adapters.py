@@ -14,10 +14,10 @@ from tests.unit.worker.test_pipeline import build, learnable_rows, spec_for, upd
 from tests.unit.worker.test_whitening import best, dense_whitened, reconstruct
 from worker.batches import assign_folds
 from worker.factors import inner_products
+from worker.matrices import TestMatrices
 from worker.objectives import bases_of
 from worker.pipeline import FOLDS, Pass, combined_direction, deal_batches, gather_statistics
 from worker.sketch_files import load
-from worker.sketching import TestMatrices
 from worker.targets import lora_config, resolve_targets
 
 WHITENING = {"damping": 0.1, "power": 0.5}

@@ -7,10 +7,10 @@ from d2lora.initializations import LoraSpec, Sft, Whitening
 from tests.support.models import as_base, tiny_gpt2, tiny_llama
 from tests.support.reference import sft_loss, weight_gradients
 from tests.unit.worker.conftest import one_fold, reference_rows
+from worker.matrices import Shape, TestMatrices
 from worker.models import layer_sizes
 from worker.moments import Moment
 from worker.objectives import bases_of, objective_coefficients
-from worker.sketching import Shape, TestMatrices
 from worker.statistics import gather
 from worker.targets import lora_config, resolve_targets
 from worker.whitening import MomentGradient, MomentSketch, whitened_factorization, whitened_gramian
