@@ -52,7 +52,7 @@ def main() -> None:
         gather_statistics(base, targets, spec, batches[:2], bases, directory=directory, **common)  # warm
         whole = seconds(lambda: gather_statistics(base, targets, spec, batches, bases, directory=directory, **common))
         used = len(examples)
-        nothing: dict[str, Any] = {"truncated": 0, "dropped": {}, "mean_tokens": {}, "warnings": []}
+        nothing: dict[str, Any] = {"truncated": 0, "dropped": {}, "mean_tokens": {}, "warnings": [], "columns": {}}
         rows = Intake(sha256="", extras={}, read=used, used=used, supervision=Supervision.PREFERENCE, **nothing)
         cut = split(base, spec, examples, rows, directory=directory, seconds=dict, **common)
         shards, files = [], []

@@ -9,15 +9,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2lora.initializations import Frozen, HeldOut, InitializationSpec, ResultSummary
 from d2lora.roles import MEASURING, Role, without_dataset_ids
 from d2lora.supervision import Supervision
 from worker.calibration import Calibration
 from worker.data import Encoded, Example
-from worker.models import BaseModel, weight_norm
+from worker.models import weight_norm
 from worker.pipeline import BuiltAdapter
 from worker.report import (
     CalibrationReport,
@@ -32,6 +33,7 @@ from worker.report import (
     round_to,
     versions,
 )
+from worker.subject import Subject
 
 
 class Intake(Frozen):
@@ -77,8 +79,49 @@ def intake(
 
 
 def make_report(
-    base: BaseModel,
-    targets: Mapping[str, nn.Module],
+    subject: Subject,
+    spec: InitializationSpec,
+    rows: Intake,
+    *,
+    used: int,
+    seconds: dict[str, float],
+    summary: Mapping[str, Any],
+    warnings: Sequence[str] = (),
+    **evidence: Any,
+) -> Report:
+    """Return a report with what it says of every adapter, whatever its method, filled in.
+
+    ``used`` counts the rows that the adapter was made from; ``summary`` and ``evidence`` are the fields of the summary
+    and of the report that only the method knows.
+    """
+    base = subject.base
+    unsaid: dict[str, Any] = {"objectives": [], "weights": {}, "cosines": {}, "held_out": {}}
+    return Report(
+        summary=ResultSummary(
+            rows_used=used,
+            rows_truncated=rows.truncated,
+            rows_dropped=sum(rows.dropped.values()),
+            fingerprint=fingerprint(spec, rows, base_identity=base.identity, dtype=str(base.model.dtype)),
+            warnings=[*rows.warnings, *warnings],
+            **unsaid | dict(summary),
+        ),
+        base_model=base.name,
+        base_identity=base.identity,
+        base_license=base.license,
+        dataset_sha256=rows.sha256,
+        extra_dataset_sha256=rows.extras,
+        spec=spec,
+        rows={"read": rows.read, "used": used, "truncated": rows.truncated, **rows.dropped},
+        mean_tokens=rows.mean_tokens,
+        seconds=seconds,
+        versions=versions(),
+        hardware=hardware(base.device),
+        **evidence,
+    )
+
+
+def make_gradient_report(
+    subject: Subject,
     spec: InitializationSpec,
     rows: Intake,
     built: BuiltAdapter,
@@ -90,32 +133,24 @@ def make_report(
     """Return the report of a built adapter."""
     names = [objective.type for objective in built.objectives]
     mixture = built.mixture
-    summary = ResultSummary(
-        start="calibrated" if built.eta > 0 else "zero",
-        start_reason=built.reason,
-        objectives=names,
-        objectives_reason="as requested" if spec.objectives else _why_these(rows),
-        weights={name: round_to(weight) for name, weight in zip(names, mixture.weights.tolist(), strict=True)},
-        cosines={pair: value for pair, value in pairwise_cosines(mixture.cosines, names).items() if value is not None},
-        held_out=built.held_out,
-        evaluation=evaluation,
-        retained=built.retained,
-        rows_used=rows.used,
-        rows_truncated=rows.truncated,
-        rows_dropped=sum(rows.dropped.values()),
-        fingerprint=fingerprint(spec, rows, base_identity=base.identity, dtype=str(base.model.dtype)),
-        warnings=rows.warnings,
-    )
-    return Report(
-        summary=summary,
-        base_model=base.name,
-        base_identity=base.identity,
-        base_license=base.license,
-        dataset_sha256=rows.sha256,
-        extra_dataset_sha256=rows.extras,
-        spec=spec,
-        rows={"read": rows.read, "used": rows.used, "truncated": rows.truncated, **rows.dropped},
-        mean_tokens=rows.mean_tokens,
+    cosines = pairwise_cosines(mixture.cosines, names)
+    return make_report(
+        subject,
+        spec,
+        rows,
+        used=rows.used,
+        seconds=seconds,
+        summary={
+            "start": "calibrated" if built.eta > 0 else "zero",
+            "start_reason": built.reason,
+            "objectives": names,
+            "objectives_reason": "as requested" if spec.objectives else _why_these(rows),
+            "weights": {name: round_to(one) for name, one in zip(names, mixture.weights.tolist(), strict=True)},
+            "cosines": {pair: value for pair, value in cosines.items() if value is not None},
+            "held_out": built.held_out,
+            "evaluation": evaluation,
+            "retained": built.retained,
+        },
         shards=shards,
         objectives=[
             ObjectiveReport(type=name, gradient_norm=round_to(norm), weight=round_to(weight), noise_scale=noise)
@@ -131,14 +166,11 @@ def make_report(
                 built.layer_gramians[name],
                 names,
                 eta=built.eta,
-                weight_norm=weight_norm(targets[name]),
+                weight_norm=weight_norm(subject.targets[name]),
                 passes=2 if name in built.refined else 1,
             )
             for name, layer in built.direction.items()
         },
-        seconds=seconds,
-        versions=versions(),
-        hardware=hardware(base.device),
     )
 
 

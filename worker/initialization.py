@@ -20,7 +20,7 @@ from worker.adapters import write_adapter
 from worker.clock import Clock
 from worker.data import Example, encode_rows, needed
 from worker.evaluation import measure, read_evaluation, read_extra
-from worker.evidence import Intake, intake, make_report
+from worker.evidence import Intake, intake, make_gradient_report
 from worker.failures import translated_errors
 from worker.model_cache import Loader
 from worker.objectives import resolve_objectives
@@ -239,18 +239,8 @@ def _deliver(
     clock: Clock,
 ) -> Result:
     """Evaluate the adapter and write its files."""
-    base, targets = subject.base, subject.targets
     measured = measure(subject, spec, built.factors, built.objectives, evaluation, settings=settings, clock=clock)
     clock(Phase.PUBLISHING, 0, 1)
-    report = make_report(
-        base,
-        targets,
-        spec,
-        rows,
-        built,
-        measured,
-        shards=shards,
-        seconds=clock.seconds(),
-    )
+    report = make_gradient_report(subject, spec, rows, built, measured, shards=shards, seconds=clock.seconds())
     files = write_adapter(out, config=subject.config, factors=built.factors, report=report)
     return Result(files=files, summary=report.summary)

@@ -1,21 +1,17 @@
 """What the report says of an adapter that PEFT has initialized."""
 
-from collections.abc import Mapping
-
-from torch import nn
-
-from d2lora.initializations import HeldOut, InitializationSpec, ResultSummary
+from d2lora.initializations import HeldOut, InitializationSpec
 from d2lora.methods import Eva, Gaussian, Kaiming, LoraGa, Orthogonal, PeftMethod
-from worker.evidence import Intake, fingerprint
+from worker.evidence import Intake, make_report
 from worker.factors import Factors
-from worker.models import BaseModel, weight_norm
+from worker.models import weight_norm
 from worker.peft_methods import PeftAdapter
-from worker.report import PeftLayerReport, PeftReport, Report, hardware, round_to, versions
+from worker.report import PeftLayerReport, PeftReport, Report, round_to
+from worker.subject import Subject
 
 
 def make_peft_report(
-    base: BaseModel,
-    targets: Mapping[str, nn.Module],
+    subject: Subject,
     spec: InitializationSpec,
     rows: Intake,
     adapter: PeftAdapter,
@@ -26,36 +22,23 @@ def make_peft_report(
     """Return the report of an adapter that PEFT has initialized."""
     method = spec.method
     assert isinstance(method, PeftMethod)
-    learns = isinstance(method, LoraGa)
-    summary = ResultSummary(
-        start="zero",
-        start_reason=_why_zero(method, adapter),
-        objectives=["sft"] if learns else [],
-        objectives_reason="the gradient that lora_ga decomposes" if learns else f"{method.type} takes no objective",
-        weights={"sft": 1.0} if learns else {},
-        cosines={},
-        held_out={},
-        evaluation=evaluation,
-        rows_used=adapter.rows,
-        rows_truncated=rows.truncated,
-        rows_dropped=sum(rows.dropped.values()),
-        fingerprint=fingerprint(spec, rows, base_identity=base.identity, dtype=str(base.model.dtype)),
-        warnings=rows.warnings + _about_ranks(method, adapter),
-    )
-    return Report(
-        summary=summary,
-        base_model=base.name,
-        base_identity=base.identity,
-        base_license=base.license,
-        dataset_sha256=rows.sha256,
-        extra_dataset_sha256=rows.extras,
-        spec=spec,
-        rows={"read": rows.read, "used": adapter.rows, "truncated": rows.truncated, **rows.dropped},
-        mean_tokens=rows.mean_tokens,
-        shards=1,
-        objectives=[],
-        calibration=None,
-        layers={},
+    learned = ["sft"] if isinstance(method, LoraGa) else []
+    learned_by = "the gradient that lora_ga decomposes"
+    return make_report(
+        subject,
+        spec,
+        rows,
+        used=adapter.rows,
+        seconds=seconds,
+        summary={
+            "start": "zero",
+            "start_reason": _why_zero(method, adapter),
+            "objectives": learned,
+            "objectives_reason": learned_by if learned else f"{method.type} takes no objective",
+            "weights": dict.fromkeys(learned, 1.0),
+            "evaluation": evaluation,
+        },
+        warnings=_about_ranks(method, adapter),
         peft=PeftReport(
             init_lora_weights=adapter.init_lora_weights,
             rank=adapter.rank,
@@ -63,13 +46,10 @@ def make_peft_report(
             frozen_ranks=(adapter.rank, adapter.config.r) if adapter.offset else None,
             rows=adapter.rows,
             layers={
-                name: _layer_report(layer, adapter.rank, spec.lora.scaling, weight_norm(targets[name]))
+                name: _layer_report(layer, adapter.rank, spec.lora.scaling, weight_norm(subject.targets[name]))
                 for name, layer in adapter.factors.items()
             },
         ),
-        seconds=seconds,
-        versions=versions(),
-        hardware=hardware(base.device),
     )
 
 

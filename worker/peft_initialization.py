@@ -28,22 +28,13 @@ def initialize_by_peft(
     clock: Clock,
 ) -> Result:
     """Let PEFT initialize the adapter, evaluate it as ours, and write its files."""
-    base, targets = subject.base, subject.targets
     adapter = build_peft_adapter(
-        base, targets, subject.config, spec, encoded.examples, settings=settings, on_progress=clock
+        subject.base, subject.targets, subject.config, spec, encoded.examples, settings=settings, on_progress=clock
     )
     # Every objective that the rows allow, so that the figures stand beside those of our own method.
     objectives = resolve_objectives(None, rows.supervision)
     measured = measure(subject, spec, adapter.factors, objectives, evaluation, settings=settings, clock=clock)
     clock(Phase.PUBLISHING, 0, 1)
-    report = make_peft_report(
-        base,
-        targets,
-        spec,
-        rows,
-        adapter,
-        measured,
-        seconds=clock.seconds(),
-    )
+    report = make_peft_report(subject, spec, rows, adapter, measured, seconds=clock.seconds())
     files = write_adapter(out, config=adapter.config, factors=adapter.factors, report=report)
     return Result(files=files, summary=report.summary)

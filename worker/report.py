@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from d2lora import __version__
@@ -153,13 +154,13 @@ class Report(Frozen):
     mean_tokens: dict[str, float]
     """Completion tokens of chosen and rejected, or of desirable and undesirable; summed log-probabilities favor the
     longer."""
-    shards: int
+    shards: int = 1
     """Pieces in which the statistics were gathered; 1 when one worker did it all."""
-    objectives: list[ObjectiveReport]
-    calibration: CalibrationReport | None
+    objectives: list[ObjectiveReport] = Field(default=[])
+    calibration: CalibrationReport | None = None
     rounds: RoundsReport | None = None
     """Where more than one was asked for and the first took a step."""
-    layers: dict[str, LayerReport]
+    layers: dict[str, LayerReport] = Field(default={})
     peft: PeftReport | None = None
     """Instead of objectives, calibration and layers, where the method is one of PEFT's."""
     warmup: WarmupReport | None = None

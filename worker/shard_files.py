@@ -24,6 +24,7 @@ from d2lora.initializations import Frozen
 from worker.batches import Batch
 from worker.factors import Direction
 from worker.low_rank import LowRank
+from worker.models import BaseModel
 from worker.objectives import Scores
 
 FORMAT = 5
@@ -38,6 +39,12 @@ class BasePin(Frozen):
     identity: str
     revision: str | None
     dtype: str
+
+    @staticmethod
+    def of(base: BaseModel) -> "BasePin":
+        """Return what other workers need to load the same weights in the same type."""
+        dtype = str(base.model.dtype).removeprefix("torch.")
+        return BasePin(identity=base.identity, revision=base.revision, dtype=dtype)
 
 
 def write(path: Path, holds: str, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -77,11 +77,6 @@ def count_tokens(examples: Iterable[Example]) -> int:
     )
 
 
-def pin(base: BaseModel) -> BasePin:
-    """Return what other workers need to load the same weights in the same type."""
-    return BasePin(identity=base.identity, revision=base.revision, dtype=str(base.model.dtype).removeprefix("torch."))
-
-
 def cut(costs: Sequence[int], pieces: int) -> list[range]:
     """Return runs of indices of nearly equal cost, none of them empty, at most ``pieces``."""
     pieces = min(pieces, len(costs))
@@ -112,7 +107,7 @@ def split(
     tokens = [int(batch.attention_mask.sum()) for batch in batches]
     runs = cut(tokens, -(-sum(tokens) // settings.shard_tokens))
     count = PhaseCounter(Phase.READING, len(runs), on_progress)
-    base_pin = pin(base)
+    base_pin = BasePin.of(base)
     planned, shards = [], []
     for number, run in enumerate(runs):
         own = [batches[index] for index in run]

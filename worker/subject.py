@@ -12,7 +12,6 @@ from d2lora.settings import WorkerSettings
 from worker.model_cache import Loader
 from worker.models import BaseModel
 from worker.shard_files import BasePin
-from worker.sharding import pin
 from worker.targets import lora_config, resolve_targets
 from worker.units import OnProgress
 
@@ -46,11 +45,11 @@ def load_subject(
         )
 
     base = loaded(spec.revision, spec.dtype)
-    if pinned is not None and pin(base) != pinned:
+    if pinned is not None and BasePin.of(base) != pinned:
         # A branch has moved on since, or this machine would choose another type.
         del base
         base = loaded(pinned.revision or spec.revision, pinned.dtype)
-        if pin(base) != pinned:
+        if BasePin.of(base) != pinned:
             raise ChecksumMismatch("base_model: its weights are not those that the job was begun with")
     config = lora_config(base.model, spec.lora, base_model=spec.base_model, revision=spec.revision)
     targets = resolve_targets(base.model, config)

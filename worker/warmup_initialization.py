@@ -6,7 +6,7 @@ from pathlib import Path
 
 from d2lora.datasets import DatasetFile, read_rows
 from d2lora.errors import ObjectiveUnavailable
-from d2lora.initializations import Dpo, HeldOut, InitializationSpec, Objective, Orpo, Phase, Result, ResultSummary, Sft
+from d2lora.initializations import Dpo, HeldOut, InitializationSpec, Objective, Orpo, Phase, Result, Sft
 from d2lora.methods import Warmup
 from d2lora.roles import FIELDS, Role
 from d2lora.settings import WorkerSettings
@@ -15,12 +15,12 @@ from worker.adapters import write_adapter
 from worker.clock import Clock
 from worker.data import Encoded, Example, encode_rows
 from worker.evaluation import evaluate, measure
-from worker.evidence import Intake, fingerprint, make_report
+from worker.evidence import Intake, make_gradient_report, make_report
 from worker.factors import Factors
 from worker.models import weight_norm
 from worker.objectives import resolve_objectives
 from worker.pipeline import BuiltAdapter, build_adapter
-from worker.report import Report, WarmupReport, hardware, round_to, versions
+from worker.report import Report, WarmupReport, round_to
 from worker.subject import Subject, length_limit
 from worker.warmup import Warmed, check_warm_up, warm_up, warm_up_rows
 
@@ -95,9 +95,8 @@ def initialize_by_warmup(
     objectives = built.objectives if built else resolve_objectives(None, rows.supervision)
     measured = measure(subject, spec, warmed.factors, objectives, evaluation, settings=settings, clock=clock)
     clock(Phase.PUBLISHING, 0, 1)
-    report = _report(subject, spec, rows, built, measured, clock.seconds()).model_copy(
-        update={"warmup": _warmup_report(subject, spec, method, warmed, general, rows.extras[Role.WARMUP], loss)}
-    )
+    warmup = _warmup_report(subject, spec, method, warmed, general, rows.extras[Role.WARMUP], loss)
+    report = _report(subject, spec, rows, built, measured, clock.seconds(), warmup)
     files = write_adapter(out, config=subject.config, factors=warmed.factors, report=report)
     return Result(files=files, summary=report.summary)
 
@@ -138,53 +137,23 @@ def _report(
     built: BuiltAdapter | None,
     evaluation: dict[str, HeldOut] | None,
     seconds: dict[str, float],
+    warmup: WarmupReport,
 ) -> Report:
-    """Return the report without the warm-up: of our own start it has the evidence, of PEFT's there is none."""
-    method = spec.method
-    assert isinstance(method, Warmup)
-    base, name = subject.base, _TRAINERS[method.trainer]
-    begun = "PEFT's default start"
-    if built is not None:
-        begun = f"the gradient method's {'calibrated' if built.eta > 0 else 'zero'} start"
-    reason = f"{method.steps} steps of TRL's {name} on general rows, from {begun}"
-    if built is not None:
-        report = make_report(base, subject.targets, spec, rows, built, evaluation, shards=1, seconds=seconds)
-        # What was held out measured the start, which is not what is delivered.
-        changes = {"start": "warmup", "start_reason": reason, "held_out": {}}
-        return report.model_copy(update={"summary": report.summary.model_copy(update=changes)})
-    summary = ResultSummary(
-        start="warmup",
-        start_reason=reason,
-        objectives=[],
-        objectives_reason="the warm-up has its own, that of its trainer",
-        weights={},
-        cosines={},
-        held_out={},
-        evaluation=evaluation,
-        rows_used=0,
-        rows_truncated=rows.truncated,
-        rows_dropped=sum(rows.dropped.values()),
-        fingerprint=fingerprint(spec, rows, base_identity=base.identity, dtype=str(base.model.dtype)),
-        warnings=rows.warnings,
-    )
-    return Report(
-        summary=summary,
-        base_model=base.name,
-        base_identity=base.identity,
-        base_license=base.license,
-        dataset_sha256=rows.sha256,
-        extra_dataset_sha256=rows.extras,
-        spec=spec,
-        rows={"read": rows.read, "used": 0, "truncated": rows.truncated, **rows.dropped},
-        mean_tokens=rows.mean_tokens,
-        shards=1,
-        objectives=[],
-        calibration=None,
-        layers={},
-        seconds=seconds,
-        versions=versions(),
-        hardware=hardware(base.device),
-    )
+    """Return the report: of our own start it has the evidence, of PEFT's there is none."""
+    reason = f"{warmup.steps} steps of TRL's {warmup.trainer} on general rows, from "
+    if built is None:
+        summary = {
+            "start": "warmup",
+            "start_reason": reason + "PEFT's default start",
+            "objectives_reason": "the warm-up has its own, that of its trainer",
+            "evaluation": evaluation,
+        }
+        return make_report(subject, spec, rows, used=0, seconds=seconds, summary=summary, warmup=warmup)
+    report = make_gradient_report(subject, spec, rows, built, evaluation, shards=1, seconds=seconds)
+    reason += f"the gradient method's {'calibrated' if built.eta > 0 else 'zero'} start"
+    # What was held out measured the start, which is not what is delivered.
+    changes = {"start": "warmup", "start_reason": reason, "held_out": {}}
+    return report.model_copy(update={"summary": report.summary.model_copy(update=changes), "warmup": warmup})
 
 
 def _warmup_report(
