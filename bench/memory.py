@@ -26,10 +26,10 @@ def measure(side: str, arguments: argparse.Namespace) -> int:
     from d2lora.initializations import LoraSpec
     from worker.batches import Batch
     from worker.checkpointing import activation_checkpointing
+    from worker.gathering import sketch_shape
     from worker.matrices import TestMatrices
     from worker.models import load
     from worker.objectives import Basis
-    from worker.pipeline import sketch_shape
     from worker.sketch_files import SketchFile
     from worker.statistics import gather, plain_pass
     from worker.targets import lora_config, resolve_targets

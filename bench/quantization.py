@@ -25,10 +25,10 @@ from d2lora.datasets import DatasetFile, Format, read_rows
 from d2lora.initializations import Dpo, LoraSpec, Orpo, Quantization, Sft
 from worker.batches import make_batches
 from worker.data import encode_rows
+from worker.gathering import sketch_shape
 from worker.matrices import TestMatrices
 from worker.models import BaseModel, load
 from worker.objectives import bases_of, objective_coefficients
-from worker.pipeline import pad_token, sketch_shape
 from worker.quantization import dequantized_weight
 from worker.sketching import Sketch
 from worker.statistics import gather
@@ -43,7 +43,7 @@ def gradients(base: BaseModel, rows: int) -> Tensor:
     targets = resolve_targets(base.model, lora_config(base.model, LoraSpec(r=8), base_model="x", revision=None))
     records = list(read_rows(DatasetFile(ROWS, Format.JSONL)))[:rows]
     examples = encode_rows(records, base.tokenizer, max_length=1024).examples
-    batches = make_batches(examples, [0] * len(examples), max_tokens=2048, pad_token_id=pad_token(base))
+    batches = make_batches(examples, [0] * len(examples), max_tokens=2048, pad_token_id=base.pad_token_id)
     bases, matrices = bases_of(OBJECTIVES), TestMatrices(0, base.device)
     sums = {
         name: Sketch.empty(sketch_shape(module, rank=8), len(bases), matrices.on(module.weight.device))

@@ -24,8 +24,8 @@ from d2lora.settings import WorkerSettings
 from d2lora.supervision import Supervision
 from worker.data import Example, TokenSequence
 from worker.evidence import Intake
+from worker.gathering import deal_batches, gather_statistics
 from worker.objectives import bases_of, resolve_objectives
-from worker.pipeline import deal_batches, gather_statistics
 from worker.shard_files import read_batches, sha256
 from worker.sharding import count_tokens, gather_shard, merge, read_plan, split
 from worker.units import ShardFiles

@@ -33,9 +33,9 @@ import torch
 
 from bench import dense
 from bench.subjects import Subject, shape_of_7b, small_llama, smollm2, target_layers, whole_7b, wide_layer
+from worker.gathering import sketch_shape
 from worker.matrices import TestMatrices
 from worker.objectives import Basis
-from worker.pipeline import sketch_shape
 from worker.sketch_files import SketchFile
 from worker.sketching import Sketch
 from worker.statistics import gather, plain_pass

@@ -16,7 +16,6 @@ from worker.factors import Factors, adapted
 from worker.mismatches import score_for
 from worker.models import BaseModel
 from worker.objectives import Scores, resolve_objectives, row_losses, rows_measured
-from worker.pipeline import pad_token
 from worker.subject import Subject, length_limit
 from worker.units import OnProgress
 
@@ -90,7 +89,7 @@ def evaluate(
         needed(examples, objectives),
         [0] * len(examples),
         max_tokens=spec.max_tokens_per_batch or settings.tokens_per_batch(base.device.type),
-        pad_token_id=pad_token(base),
+        pad_token_id=base.pad_token_id,
     )
     on_progress(Phase.EVALUATION, 0, 2 * len(batches))
     before, after = [], []

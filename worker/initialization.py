@@ -22,10 +22,11 @@ from worker.data import Example, encode_rows, needed
 from worker.evaluation import measure, read_evaluation, read_extra
 from worker.evidence import Intake, intake, make_gradient_report
 from worker.failures import translated_errors
+from worker.gathering import tokens_per_batch
 from worker.model_cache import Loader
 from worker.objectives import resolve_objectives
 from worker.peft_initialization import initialize_by_peft
-from worker.pipeline import BuiltAdapter, adapter_from, build_adapter, pad_token, tokens_per_batch
+from worker.pipeline import BuiltAdapter, adapter_from, build_adapter
 from worker.retaining import restraint_from
 from worker.shard_files import damaged, read_batches, sha256
 from worker.sharding import count_tokens, gather_shard, merge, read_plan, split
@@ -109,7 +110,7 @@ def initialize(
         spec,
         retain,
         max_tokens=tokens_per_batch(base, spec, settings),
-        pad_token_id=pad_token(base),
+        pad_token_id=base.pad_token_id,
         on_progress=clock,
     )
     with _statistics_directory(out) as directory:
@@ -210,7 +211,7 @@ def finish(
     with _statistics_directory(out) as directory:
         one_pass = merge(base, targets, spec, planned, shards, directory=directory, on_progress=clock)
         evaluator = shared(
-            share, planned.base, objectives, directory=directory, pad_token_id=pad_token(base), on_progress=clock
+            share, planned.base, objectives, directory=directory, pad_token_id=base.pad_token_id, on_progress=clock
         )
         built = adapter_from(one_pass, objectives, spec, evaluator=evaluator, on_progress=clock)
     shards_used = len(planned.shards)

@@ -61,6 +61,12 @@ class BaseModel:
         return int(self.model.config.get_text_config().vocab_size)
 
     @property
+    def pad_token_id(self) -> int:
+        """The token that fills up batches; which one is of no consequence, since it is masked."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(token for token in candidates if token is not None))
+
+    @property
     def identity(self) -> str:
         """What pins the weights: a commit, or a digest of the files."""
         return self.revision or f"sha256:{self.weights_sha256}"

@@ -24,7 +24,6 @@ from worker.data import Example
 from worker.factors import Factors
 from worker.logprobs import sequence_logps_and_gradient
 from worker.models import BaseModel, layer_sizes
-from worker.pipeline import pad_token
 from worker.progress import PhaseCounter
 from worker.units import OnProgress
 
@@ -191,7 +190,7 @@ def gradients(
 
 
 def _batches(base: BaseModel, examples: Sequence[Example], max_tokens: int) -> list[Batch]:
-    return make_batches(examples, [0] * len(examples), max_tokens=max_tokens, pad_token_id=pad_token(base))
+    return make_batches(examples, [0] * len(examples), max_tokens=max_tokens, pad_token_id=base.pad_token_id)
 
 
 @contextmanager

@@ -20,11 +20,12 @@ from d2lora.shards import StatisticsTask
 from worker.batches import Batch
 from worker.calibration import calibration_batches
 from worker.data import Example
+from worker.directions import Pass
 from worker.evidence import Intake
+from worker.gathering import deal_batches, gather_statistics, kind_of_sums, sketch_shapes
 from worker.matrices import TestMatrices
 from worker.models import BaseModel
 from worker.objectives import Counts, Scores, bases_of, resolve_objectives
-from worker.pipeline import Pass, deal_batches, gather_statistics, kind_of_sums, pad_token, sketch_shapes
 from worker.progress import PhaseCounter
 from worker.shard_files import (
     FORMAT,
@@ -112,7 +113,7 @@ def split(
     for number, run in enumerate(runs):
         own = [batches[index] for index in run]
         path = directory / f"shard-{number}.safetensors"
-        write_batches(path, own, base_pin, pad_token_id=pad_token(base))
+        write_batches(path, own, base_pin, pad_token_id=base.pad_token_id)
         sizes = [len(batch.rows) for batch in own]
         planned.append(PlannedShard(rows_sha256=sha256(path), folds=[batch.fold for batch in own], sizes=sizes))
         shards.append((StatisticsTask(rows=sum(sizes), tokens=sum(tokens[index] for index in run)), path))

@@ -30,7 +30,6 @@ from d2lora.methods import Warmup
 from worker.data import Example, TokenSequence
 from worker.factors import Factors
 from worker.models import BaseModel
-from worker.pipeline import pad_token
 from worker.statistics import is_out_of_memory
 from worker.units import OnProgress
 
@@ -168,7 +167,7 @@ def _train(
     }
     tokenizer = copy.deepcopy(base.tokenizer)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = pad_token(base)
+        tokenizer.pad_token_id = base.pad_token_id
     common = {"processing_class": tokenizer, "callbacks": [Progress()]}
     match method.trainer:
         case "sft":

@@ -11,7 +11,8 @@ from tests.support.models import as_base, tiny_llama
 from tests.support.reference import ReferenceRow, sft_loss, weight_gradients
 from tests.unit.worker.conftest import all_dpo_losses, as_examples, labeled_rows, reference_rows
 from worker.factors import calibrated_step
-from worker.pipeline import build_adapter, deal_batches
+from worker.gathering import deal_batches
+from worker.pipeline import build_adapter
 from worker.targets import lora_config, resolve_targets
 
 SCALING = LoraSpec(r=4).scaling

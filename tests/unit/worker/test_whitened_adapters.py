@@ -13,10 +13,11 @@ from tests.unit.worker.conftest import as_examples
 from tests.unit.worker.test_pipeline import build, learnable_rows, spec_for, updates
 from tests.unit.worker.test_whitening import best, dense_whitened, reconstruct
 from worker.batches import assign_folds
+from worker.directions import Pass, combined_direction
 from worker.factors import inner_products
+from worker.gathering import FOLDS, deal_batches, gather_statistics
 from worker.matrices import TestMatrices
 from worker.objectives import bases_of
-from worker.pipeline import FOLDS, Pass, combined_direction, deal_batches, gather_statistics
 from worker.sketch_files import load
 from worker.targets import lora_config, resolve_targets
 
