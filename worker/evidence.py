@@ -111,6 +111,7 @@ def make_report(
         dataset_sha256=rows.sha256,
         extra_dataset_sha256=rows.extras,
         spec=spec,
+        left_out=subject.left_out,
         rows={"read": rows.read, "used": used, "truncated": rows.truncated, **rows.dropped},
         mean_tokens=rows.mean_tokens,
         seconds=seconds,

@@ -13,6 +13,7 @@ from torch import Tensor
 from d2lora import __version__
 from d2lora.initializations import Frozen, HeldOut, InitializationSpec, ResultSummary
 from d2lora.roles import Role
+from worker.left_out import LeftOut, in_words
 from worker.low_rank import LowRank
 
 _LIBRARIES = ("torch", "transformers", "peft", "torchjd", "safetensors", "bitsandbytes", "trl")
@@ -161,6 +162,8 @@ class Report(Frozen):
     rounds: RoundsReport | None = None
     """Where more than one was asked for and the first took a step."""
     layers: dict[str, LayerReport] = Field(default={})
+    left_out: list[LeftOut] = Field(default=[])
+    """What the adapter leaves as it is though it holds weight matrices, but for embeddings and the head."""
     peft: PeftReport | None = None
     """Instead of objectives, calibration and layers, where the method is one of PEFT's."""
     warmup: WarmupReport | None = None
@@ -279,6 +282,7 @@ def model_card(report: Report) -> str:
         *_freezing(report.peft),
         f"Start: **{summary.start}**; {summary.start_reason}.",
         "",
+        *_not_adapted(report.left_out),
     ]
     if summary.held_out or summary.evaluation:
         lines += ["| held-out, cross-validated | base | adapter | rows |", "|---|---|---|---|"]
@@ -302,6 +306,11 @@ def model_card(report: Report) -> str:
 def _method_name(report: Report) -> str:
     method = report.spec.method
     return method if isinstance(method, str) else method.type
+
+
+def _not_adapted(left: list[LeftOut]) -> list[str]:
+    """Return what the adapter leaves as it is, one item each."""
+    return [*(f"- {in_words(one)}" for one in left), ""] if left else []
 
 
 def _freezing(peft: PeftReport | None) -> list[str]:

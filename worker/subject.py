@@ -9,6 +9,7 @@ from torch import nn
 from d2lora.errors import ChecksumMismatch
 from d2lora.initializations import InitializationSpec, Phase
 from d2lora.settings import WorkerSettings
+from worker.left_out import LeftOut, left_out
 from worker.model_cache import Loader
 from worker.models import BaseModel
 from worker.shard_files import BasePin
@@ -23,6 +24,8 @@ class Subject:
     base: BaseModel
     config: LoraConfig
     targets: Mapping[str, nn.Module]
+    left_out: list[LeftOut]
+    """What the adapter leaves as it is."""
 
 
 def load_subject(
@@ -54,7 +57,7 @@ def load_subject(
     config = lora_config(base.model, spec.lora, base_model=spec.base_model, revision=spec.revision)
     targets = resolve_targets(base.model, config)
     on_progress(Phase.LOADING, 1, 1)
-    return Subject(base, config, targets)
+    return Subject(base, config, targets, left_out(base.model, spec.lora))
 
 
 def length_limit(base: BaseModel, spec: InitializationSpec) -> tuple[int, list[str]]:

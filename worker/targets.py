@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,7 +18,11 @@ from worker.models import layer_sizes
 
 
 def lora_config(model: PreTrainedModel, lora: LoraSpec, *, base_model: str, revision: str | None) -> LoraConfig:
-    """Return PEFT's configuration for the adapter, with ``all-linear`` written out as module names."""
+    """Return PEFT's configuration for the adapter, with ``all-linear`` written out as module names.
+
+    Raises:
+        RankTooLarge: ``all-linear``, and no layer is left that can have this rank.
+    """
     config = LoraConfig(
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
@@ -32,7 +37,49 @@ def lora_config(model: PreTrainedModel, lora: LoraSpec, *, base_model: str, revi
         init_lora_weights=True,
         inference_mode=True,
     )
-    return _maybe_include_all_linear_layers(config, model)
+    if asks_for_all_linear(lora):
+        skipped = passed_over(model, lora.r)
+        config.target_modules = set(_all_linear(model)) - skipped.keys()
+        if skipped and not config.target_modules:
+            raise RankTooLarge(f"lora.r: no linear layer is left for r = {lora.r}; {next(iter(skipped.values()))}")
+    return config
+
+
+def asks_for_all_linear(lora: LoraSpec) -> bool:
+    """Whether the layers are left to us; PEFT takes capitals as well."""
+    return isinstance(lora.target_modules, str) and lora.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def passed_over(model: PreTrainedModel, rank: int) -> dict[str, str]:
+    """Return the linear layers that ``all-linear`` skips -> why: a user who names one of them gets an error."""
+    taken: dict[str, bool] = {}
+    reasons = {}
+    for name in _all_linear(model):
+        suffix = name.rsplit(".", 1)[-1]
+        if suffix not in taken:
+            taken[suffix] = _is_taken_for_experts(model, suffix)
+        smaller = min(layer_sizes(model.get_submodule(name)))
+        if smaller < rank:
+            reasons[name] = f"r = {rank} is above its smaller side, {smaller}"
+        elif taken[suffix]:
+            reasons[name] = f"PEFT takes the name {suffix} for experts that are parameters"
+    return reasons
+
+
+def _all_linear(model: PreTrainedModel) -> list[str]:
+    """Return what PEFT means by all-linear, in the order of the model's modules."""
+    asked = LoraConfig(target_modules=INCLUDE_LINEAR_LAYERS_SHORTHAND, task_type="CAUSAL_LM")
+    names = set(_maybe_include_all_linear_layers(asked, model).target_modules or [])
+    return [name for name, _ in model.named_modules() if name in names]
+
+
+def _is_taken_for_experts(model: PreTrainedModel, name: str) -> bool:
+    alone = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(alone, model, None)
+    except ValueError:  # it fuses this module's adapter with another's
+        return True
+    return name not in set(alone.target_modules or [])
 
 
 def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Module]:

@@ -99,6 +99,16 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
         head_dim=8,
         norm_topk_prob=True,
     ),
+    # Its second layer is dense, with names that checkpoints give to experts.
+    "qwen3-moe-partly-dense": partial(
+        _tiny,
+        "Qwen3Moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        head_dim=8,
+        mlp_only_layers=[1],
+    ),
     "granite": partial(
         _tiny,
         "Granite",
@@ -109,15 +119,3 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "cohere": partial(_tiny, "Cohere", logit_scale=0.25, use_qk_norm=True),
 }
-
-
-def partly_dense_moe() -> PreTrainedModel:
-    """A Qwen3 mixture of experts whose second layer is dense, with names that checkpoints give to experts."""
-    return _tiny(
-        "Qwen3Moe",
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        head_dim=8,
-        mlp_only_layers=[1],
-    )

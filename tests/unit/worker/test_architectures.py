@@ -1,6 +1,7 @@
 """Every architecture that docs/method.md lists, by the same tests: the dense oracle, PEFT's targets, stock PEFT."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from d2lora.datasets import DatasetFile, Format
 from d2lora.errors import ModelUnsupported, TargetUnsupported
 from d2lora.initializations import Dpo, InitializationSpec, LoraSpec, Orpo, Sft
 from d2lora.settings import WorkerSettings
-from tests.support.architectures import ARCHITECTURES, partly_dense_moe
+from tests.support.architectures import ARCHITECTURES
 from tests.support.models import as_base, tiny_llama, tiny_tokenizer
 from tests.support.reference import dpo_loss, in_float64, orpo_loss, sft_loss, weight_gradients
 from tests.unit.worker.conftest import one_fold, reference_rows
@@ -28,12 +29,13 @@ from worker.checkpointing import activation_checkpointing
 from worker.factors import Factors, adapted
 from worker.gradients import DenseGradient
 from worker.initialization import initialize
+from worker.left_out import left_out
 from worker.matrices import Shape, TestMatrices
 from worker.models import layer_sizes, load, verify_causality, verify_head
 from worker.objectives import bases_of, objective_coefficients
 from worker.sketching import Sketch
 from worker.statistics import gather
-from worker.targets import lora_config, resolve_targets
+from worker.targets import lora_config, passed_over, resolve_targets
 
 _PEFT_SAYS_EXPERTS_ARE_NO_TARGETS = pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern keys did not match")
 OBJECTIVES = [Sft(), Dpo(beta=0.3), Orpo(beta=0.7)]
@@ -44,8 +46,8 @@ def model(request):
     return ARCHITECTURES[request.param]()
 
 
-def targets_of(model, target_modules="all-linear"):
-    config = lora_config(model, LoraSpec(r=1, target_modules=target_modules), base_model="tiny", revision=None)
+def targets_of(model, target_modules="all-linear", r=1):
+    config = lora_config(model, LoraSpec(r=r, target_modules=target_modules), base_model="tiny", revision=None)
     return resolve_targets(model, config)
 
 
@@ -117,49 +119,63 @@ def test_head_and_attention_of_every_architecture_are_understood(model):
 @_PEFT_SAYS_EXPERTS_ARE_NO_TARGETS
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # as PEFT finds out by itself
 def test_all_linear_means_what_it_means_to_peft(model):
-    """But for experts and routers that are parameters, which PEFT wraps too."""
+    """But for experts and routers that are parameters, which PEFT wraps too, and layers that it would mistake."""
     wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
 
     modules = wrapped.base_model.model.named_modules()
     names = {name for name, module in modules if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)}
-    assert names == set(targets_of(model))
+    assert names - passed_over(model, 1).keys() == set(targets_of(model))
 
 
-@_PEFT_SAYS_EXPERTS_ARE_NO_TARGETS
 @pytest.mark.parametrize(
-    "family", ["qwen2", "mistral-window", "gemma2", "phi", "falcon", "bloom", "mixtral", "qwen2-moe"]
+    ("family", "r"),
+    [
+        *(
+            (name, 1)
+            for name in ("qwen2", "mistral-window", "gemma2", "phi", "falcon", "bloom", "mixtral", "qwen2-moe")
+        ),
+        ("qwen2-moe", 3),
+        ("qwen3-moe-partly-dense", 3),
+    ],
 )
-def test_stock_peft_gives_the_logits_of_our_factors_on_the_unmodified_base(family, tmp_path):
+def test_stock_peft_gives_the_logits_of_our_factors_on_the_unmodified_base(family, r, tmp_path):
     """Llama and GPT-2 pass the same way in test_initialization.py."""
     model = ARCHITECTURES[family]()
-    place, out = str(tmp_path / "model"), tmp_path / "out"
-    model.save_pretrained(place)
-    tiny_tokenizer().save_pretrained(place)
-    rows = [f'{{"prompt": "item {i}:", "chosen": " yes yes", "rejected": " no {i}"}}' for i in range(6)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    out.mkdir()
-    initialize(
-        InitializationSpec(base_model=place, dataset_id="ds", lora=LoraSpec(r=1, lora_alpha=3), objectives=[Sft()]),
-        DatasetFile(tmp_path / "rows.jsonl", Format.JSONL),
-        {},
-        out=out,
-        settings=WorkerSettings(device="cpu"),
-        on_progress=lambda *_: None,
-    )
 
-    targets, stored = targets_of(model), load_file(out / "adapter_model.safetensors")
+    out = deliver(model, tmp_path, r=r)
+
+    targets, stored = targets_of(model, r=r), load_file(out / "adapter_model.safetensors")
     factors = {
         name: Factors(*(stored[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")) for name in targets
     }
     with adapted(targets, factors, scaling=3.0):
         ours = logits_of(model)
-    base = AutoModelForCausalLM.from_pretrained(place)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     before = logits_of(base)
     theirs = logits_of(PeftModel.from_pretrained(base, str(out)))
     assert len(stored) == 2 * len(targets)
     assert torch.equal(before, logits_of(model))
     assert (theirs - before).norm() > 1e-3 * before.norm()
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def deliver(model, place, *, r):
+    """Save the model, let an adapter be made for it, and return the adapter's directory."""
+    model.save_pretrained(place / "model")
+    tiny_tokenizer().save_pretrained(place / "model")
+    rows = [f'{{"prompt": "item {i}:", "chosen": " yes yes", "rejected": " no {i}"}}' for i in range(6)]
+    (place / "rows.jsonl").write_text("\n".join(rows))
+    (place / "out").mkdir()
+    lora = LoraSpec(r=r, lora_alpha=3 * r)
+    initialize(
+        InitializationSpec(base_model=str(place / "model"), dataset_id="ds", lora=lora, objectives=[Sft()]),
+        DatasetFile(place / "rows.jsonl", Format.JSONL),
+        {},
+        out=place / "out",
+        settings=WorkerSettings(device="cpu"),
+        on_progress=lambda *_: None,
+    )
+    return place / "out"
 
 
 def logits_of(model):
@@ -176,15 +192,55 @@ def test_an_encoder_decoder_is_refused_with_the_reason(config, tmp_path):
         load(str(tmp_path), revision=None, dtype="auto", device="cpu")
 
 
-def test_targets_that_peft_would_take_for_experts_are_refused():
+def test_targets_that_peft_would_take_for_experts_are_refused_by_name_and_skipped_by_all_linear():
     """Stock PEFT would leave the dense layer as it is, and warn that the experts' adapters are missing."""
-    model = partly_dense_moe()
+    model = ARCHITECTURES["qwen3-moe-partly-dense"]()
+    dense = ["gate_proj", "up_proj", "down_proj"]
 
     with pytest.raises(TargetUnsupported, match=r"base_model 'tiny' .*up_proj for experts .*; .* applies .*q_proj"):
-        targets_of(model)
+        targets_of(model, ["q_proj", *dense])
     with pytest.raises(TargetUnsupported, match=r"base_model 'tiny': .*up_proj without also targeting gate_proj"):
         targets_of(model, ["q_proj", "up_proj"])
-    assert len(targets_of(model, ["q_proj", "v_proj"])) == 4
+    attention = targets_of(model, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert set(targets_of(model)) == set(attention)
+    assert passed_over(model, 1) == {
+        f"model.layers.1.mlp.{name}": f"PEFT takes the name {name} for experts that are parameters" for name in dense
+    }
+
+
+def test_experts_and_skipped_layers_are_in_report_warnings_and_model_card(tmp_path):
+    model = ARCHITECTURES["qwen2-moe"]()
+
+    out = deliver(model, tmp_path, r=3)
+
+    report = json.loads((out / "report.json").read_text())
+    left = {one["modules"]: one for one in report["left_out"]}
+    experts = left["model.layers.*.mlp.experts"]
+    weights = {name: weight.numel() for name, weight in model.named_parameters()}
+    assert experts["parameters"] == sum(size for name, size in weights.items() if "experts." in name)
+    assert experts["share"] == pytest.approx(experts["parameters"] / sum(weights.values()))
+    gates = left["model.layers.*.mlp.shared_expert_gate"]
+    assert (gates["count"], gates["parameters"], gates["reason"]) == (2, 48, "r = 3 is above its smaller side, 1")
+    router = left["model.layers.*.mlp.gate"]
+    assert (router["parameters"], router["reason"]) == (192, "a Qwen2MoeTopKRouter is no Linear or Conv1D layer")
+    # Every weight matrix is adapted, named as left out, an embedding or the head.
+    adapted_names = set(targets_of(model, r=3))
+    listed = sum(one["parameters"] for one in left.values())
+    matrices = {name: model.get_parameter(name) for name in weights if model.get_parameter(name).ndim > 1}
+    rest = {
+        name: value.numel()
+        for name, value in matrices.items()
+        if name.removesuffix(".weight") not in {*adapted_names, "model.embed_tokens", "lm_head"}
+    }
+    assert listed == sum(rest.values())
+    said = f"not adapted: model.layers.*.mlp.experts (2 modules, {experts['parameters']} parameters, "
+    assert any(said in warning for warning in report["summary"]["warnings"])
+    assert said in (out / "README.md").read_text()
+
+
+def test_a_dense_model_leaves_nothing_out():
+    assert left_out(ARCHITECTURES["gpt2"](), LoraSpec(r=2)) == []
+    assert left_out(ARCHITECTURES["gemma3"](), LoraSpec(r=2)) == []
 
 
 def test_a_layer_of_one_output_is_found_exactly():

@@ -54,7 +54,20 @@ def test_no_match_is_an_error_that_lists_what_there_is():
 
 def test_a_rank_above_a_targets_smaller_side_names_the_target():
     with pytest.raises(RankTooLarge, match=r"k_proj.*12 x 24.*at most 12"):
-        resolve(tiny_llama(), r=13)
+        resolve(tiny_llama(), r=13, target_modules=["q_proj", "k_proj"])
+
+
+def test_all_linear_skips_layers_whose_smaller_side_is_below_the_rank():
+    targets, config = resolve(tiny_llama(), r=13)
+
+    assert {name.rsplit(".", 1)[-1] for name in targets} == {"q_proj", "o_proj", "up_proj", "gate_proj", "down_proj"}
+    assert len(targets) == 2 * 5
+    assert config.target_modules == ["down_proj", "gate_proj", "o_proj", "q_proj", "up_proj"]
+
+
+def test_a_rank_above_every_layers_smaller_side_is_refused():
+    with pytest.raises(RankTooLarge, match=r"lora\.r: no linear layer is left for r = 25; r = 25 is above its smaller"):
+        resolve(tiny_llama(), r=25)
 
 
 def test_a_target_that_is_no_linear_layer_is_refused():
