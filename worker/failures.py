@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 from d2lora.errors import DeviceFailure, OutOfMemory, ScratchFull
 from worker.devices import is_device_failure
-from worker.statistics import is_out_of_memory
+from worker.halving import is_out_of_memory
 
 
 @contextmanager

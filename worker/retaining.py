@@ -24,6 +24,7 @@ from worker.batches import Batch, assign_folds, distinct_rows, make_batches
 from worker.calibration import Calibration, Trial, calibration_batches, score_step
 from worker.data import Example, needed
 from worker.factors import Direction
+from worker.halving import in_halves
 from worker.low_rank import LowRank
 from worker.matrices import TestMatrices
 from worker.models import BaseModel, layer_sizes
@@ -99,7 +100,7 @@ def general_text(
     Raises:
         DatasetInvalid: there are no two distinct rows.
         NumericalFailure: a log-probability is not finite.
-        OutOfMemory: a batch does not fit.
+        OutOfMemory: a single row does not fit.
     """
     examples = needed(examples, [Sft()])
     folds = min(FOLDS, distinct_rows(examples))
@@ -134,10 +135,18 @@ def general_text(
 
 
 def add_inputs(base: BaseModel, targets: Mapping[str, nn.Module], moments: Mapping[str, Moment], batch: Batch) -> None:
-    """Add every layer's inputs at the batch's tokens to its moment, by a forward pass."""
-    batch = batch.to(base.device)
-    with torch.no_grad(), _inputs_added(targets, moments, batch.attention_mask.bool()):
-        base.hidden_states(batch.input_ids, batch.attention_mask)
+    """Add every layer's inputs at the batch's tokens to its moment, by a forward pass.
+
+    Raises:
+        OutOfMemory: a single row does not fit; more than one are taken in halves.
+    """
+
+    def run(part: Batch, done: set[str]) -> None:
+        with torch.no_grad(), _inputs_added(targets, moments, part.attention_mask.bool(), done):
+            base.hidden_states(part.input_ids, part.attention_mask)
+
+    for _ in in_halves(base, batch, run):
+        pass
 
 
 def restrained(leading: LowRank, spectrum: Spectrum, nu: float, rank: int) -> LowRank:
@@ -279,18 +288,26 @@ def _mean(spectrum: Spectrum, tokens: int) -> Spectrum:
 
 @contextmanager
 def _inputs_added(
-    targets: Mapping[str, nn.Module], moments: Mapping[str, Moment], present: Bool[Tensor, "S T"]
+    targets: Mapping[str, nn.Module], moments: Mapping[str, Moment], present: Bool[Tensor, "S T"], done: set[str]
 ) -> Iterator[None]:
-    """Add the inputs of the targets at ``present`` tokens to their moments while the block runs."""
+    """Add the inputs of the targets at ``present`` tokens to their moments while the block runs, but of those done."""
+    skip = frozenset(done)
 
-    def hook_for(moment: Moment) -> Any:
+    def hook_for(name: str) -> Any:
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if name in skip:
+                return
             (inputs,) = arguments[:1]
-            moment.add(inputs[present.to(inputs.device)])
+            part = Moment.empty(moments[name].test)
+            part.add(inputs[present.to(inputs.device)])
+            # All of it or, if memory has run out by now, nothing.
+            moments[name].products += part.products
+            moments[name].trace += part.trace
+            done.add(name)
 
         return hook
 
-    handles = [module.register_forward_pre_hook(hook_for(moments[name])) for name, module in targets.items()]
+    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in targets.items()]
     try:
         yield
     finally:

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from d2lora.errors import NumericalFailure, OutOfMemory, TargetUnsupported
+from d2lora.errors import NumericalFailure, TargetUnsupported
 from worker.batches import Batch, groups_by_length
-from worker.devices import says_out_of_memory
+from worker.halving import in_halves
 from worker.logprobs import sequence_logps, sequence_logps_and_gradient
 from worker.models import BaseModel
 from worker.objectives import Away, Basis, Counts, Scores, count, sequence_weights
@@ -59,7 +59,7 @@ class _Recorder:
     """What a backward pass adds where; ``done`` survives a pass that runs out of memory."""
 
     layers: Mapping[str, Sums]
-    skip: frozenset[_Added]
+    done: set[_Added]
     paired: bool
     size: tuple[int, int]
     """S and T."""
@@ -67,7 +67,11 @@ class _Recorder:
     """0 at padding, where layers then get inputs of 0; None where that makes no difference to them."""
     weights: Float[Tensor, "K S"] | None = None
     only: Basis | None = None
-    done: set[_Added] = field(default_factory=set)
+    skip: frozenset[_Added] = field(init=False)
+    """What an earlier attempt has added, for more rows than these."""
+
+    def __post_init__(self) -> None:
+        self.skip = frozenset(self.done)
 
     def record(self, name: str, inputs: Tensor, output_grads: Tensor) -> None:
         assert self.weights is not None
@@ -93,7 +97,7 @@ class _Recorder:
         Raises:
             TargetUnsupported: one has not: its statistics would stay zero.
         """
-        missing = [name for name in self.layers if (None, name) not in self.done | self.skip]
+        missing = [name for name in self.layers if (None, name) not in self.done]
         if missing:
             others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
             raise TargetUnsupported(
@@ -188,71 +192,18 @@ def gather(
         OutOfMemory: a batch of a single row does not fit.
         TargetUnsupported: a layer is not run once over all tokens.
     """
+
+    def run(part: Batch, done: set[_Added]) -> Scores:
+        size = (part.input_ids.shape[0], part.input_ids.shape[1])
+        recorder = _Recorder(layers, done, part.paired, size, part.attention_mask if mask_inputs else None)
+        return _forward_and_backward(base, targets, recorder, part, bases, away, from_targets=from_targets)
+
     counts = Counts()
     for batch in batches:
-        for part, scores in _add_batch(
-            base,
-            targets,
-            layers,
-            batch,
-            bases,
-            away=away,
-            skip=frozenset(),
-            mask_inputs=mask_inputs,
-            from_targets=from_targets,
-        ):
+        for part, scores in in_halves(base, batch, run):
             counts += count(scores)
             on_batch(part, scores)
     return counts
-
-
-def _add_batch(
-    base: BaseModel,
-    targets: Mapping[str, nn.Module],
-    layers: Mapping[str, Sums],
-    batch: Batch,
-    bases: Sequence[Basis],
-    *,
-    away: Callable[[Batch], Away] | None,
-    skip: frozenset[_Added],
-    mask_inputs: bool,
-    from_targets: bool,
-) -> Iterator[tuple[Batch, Scores]]:
-    """Add one batch, in halves if memory runs out, and yield what was added.
-
-    Layers that an attempt had finished before it ran out of memory hold all rows of the batch already; since sums
-    over the halves are sums over the batch, the halves skip exactly those.
-    """
-    size = (batch.input_ids.shape[0], batch.input_ids.shape[1])
-    recorder = _Recorder(layers, skip, batch.paired, size, batch.attention_mask if mask_inputs else None)
-    try:
-        scores = _forward_and_backward(
-            base, targets, recorder, batch.to(base.device), bases, away, from_targets=from_targets
-        )
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        failure = error
-    else:
-        yield batch, scores
-        return
-    if len(batch.rows) == 1:
-        raise _single_row_too_large(batch) from failure
-    del failure  # its traceback keeps the activations alive
-    if base.device.type == "cuda":
-        torch.cuda.empty_cache()
-    for half in batch.halves():
-        yield from _add_batch(
-            base,
-            targets,
-            layers,
-            half,
-            bases,
-            away=away,
-            skip=skip | recorder.done,
-            mask_inputs=mask_inputs,
-            from_targets=from_targets,
-        )
 
 
 def _forward_and_backward(
@@ -308,14 +259,11 @@ def score(base: BaseModel, batch: Batch, *, with_prompt: bool = False) -> Scores
         NumericalFailure: a log-probability is not finite.
         OutOfMemory: a single row does not fit; more than one are taken in halves.
     """
-    try:
-        return _score(base, batch.to(base.device), with_prompt=with_prompt)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if len(batch.rows) == 1:
-            raise _single_row_too_large(batch) from error
-    return Scores.concatenate([score(base, half, with_prompt=with_prompt) for half in batch.halves()])
+
+    def run(part: Batch, _done: set[None]) -> Scores:
+        return _score(base, part, with_prompt=with_prompt)
+
+    return Scores.concatenate([scores for _, scores in in_halves(base, batch, run)])
 
 
 def _score(base: BaseModel, batch: Batch, *, with_prompt: bool) -> Scores:
@@ -333,10 +281,6 @@ def _score(base: BaseModel, batch: Batch, *, with_prompt: bool) -> Scores:
                 ).cpu()
     scores = _scores(base, batch, logps)
     return _with_prompt(scores, prompt_logps[0], prompt_mask) if with_prompt else scores
-
-
-def _single_row_too_large(batch: Batch) -> OutOfMemory:
-    return OutOfMemory(f"a row of {batch.input_ids.numel()} tokens does not fit into memory; lower max_length")
 
 
 def _with_prompt(scores: Scores, prompt_logps: Float[Tensor, " S"], mask: Bool[Tensor, "S T"]) -> Scores:
@@ -365,13 +309,6 @@ def _scores(base: BaseModel, batch: Batch, logps: Float[Tensor, " S"]) -> Scores
         rejected_logps=logps[rows:],
         rejected_tokens=tokens[rows:],
     )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the device's or the host's memory is used up."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and says_out_of_memory(error)
 
 
 def _first_non_finite(base: BaseModel, batch: Batch) -> str:

@@ -29,8 +29,8 @@ from d2lora.initializations import Phase
 from d2lora.methods import Warmup
 from worker.data import Example, TokenSequence
 from worker.factors import Factors
+from worker.halving import is_out_of_memory
 from worker.models import BaseModel
-from worker.statistics import is_out_of_memory
 from worker.units import OnProgress
 
 

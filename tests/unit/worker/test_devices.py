@@ -5,8 +5,8 @@ from torch.distributed import DistBackendError
 from d2lora.errors import OutOfMemory
 from tests.support.models import tiny_gpt2, tiny_llama
 from worker.devices import is_device_failure, pick_device, spread, weight_bytes
+from worker.halving import is_out_of_memory
 from worker.matrices import Shape, TestMatrices
-from worker.statistics import is_out_of_memory
 
 GIB = 2**30
 

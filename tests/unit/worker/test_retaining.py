@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from d2lora.errors import DatasetInvalid
+from d2lora.errors import DatasetInvalid, OutOfMemory
 from d2lora.initializations import InitializationSpec, LoraSpec
 from d2lora.settings import WorkerSettings
 from tests.support.models import as_base, tiny_gpt2, tiny_llama
@@ -143,7 +143,7 @@ def test_without_restraint_the_direction_is_the_plain_one_bit_for_bit():
 def test_a_forward_pass_gives_the_second_moment_of_every_token_that_is_there(make):
     model, rows = make(), reference_rows(7, paired=False)
     targets = targets_of(model)
-    moments = {name: Moment.empty(torch.eye(layer_sizes(module)[1])) for name, module in targets.items()}
+    moments = empty_moments(targets)
 
     batches = one_fold(rows, max_tokens=60)
     assert not all(batch.attention_mask.all() for batch in batches)
@@ -159,6 +159,67 @@ def test_a_forward_pass_gives_the_second_moment_of_every_token_that_is_there(mak
         expected = torch.cat(own).T @ torch.cat(own)
         assert (moments[name].products.double() - expected).norm() < 1e-5 * expected.norm(), name
         assert moments[name].trace.item() == pytest.approx(expected.trace().item(), rel=1e-5)
+
+
+class FailsOnce(Moment):
+    """Runs out of memory once, when its products have been added and its trace has not."""
+
+    spent = False
+
+    def add(self, tokens):
+        if FailsOnce.spent:
+            return super().add(tokens)
+        FailsOnce.spent = True
+        self.products += 1.0
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("place", ["in the forward", "while a layer's inputs are added"])
+def test_a_batch_of_retain_rows_that_runs_out_of_memory_is_halved_and_counted_once(place, monkeypatch):
+    model, rows = tiny_llama(), reference_rows(8, paired=False)
+    targets = targets_of(model)
+    (batch,) = one_fold(rows)
+    expected = empty_moments(targets)
+    add_inputs(as_base(model), targets, expected, batch)
+    moments, sizes = empty_moments(targets), []
+
+    def refuse_large(_module, arguments):
+        sizes.append(len(arguments[0]))
+        if place == "in the forward" and sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.model.layers[1].register_forward_pre_hook(refuse_large)
+    if place != "in the forward":
+        FailsOnce.spent, real = False, Moment.empty
+        monkeypatch.setattr(Moment, "empty", lambda test: FailsOnce(**vars(real(test))))
+
+    add_inputs(as_base(model), targets, moments, batch)
+    handle.remove()
+
+    assert sizes == ([8, 4, 2, 2, 4, 2, 2] if place == "in the forward" else [4, 4])
+    for name, moment in expected.items():
+        torch.testing.assert_close(moments[name].products, moment.products, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(moments[name].trace, moment.trace)
+
+
+def test_a_retain_row_that_does_not_fit_is_an_error_with_a_remedy():
+    model = tiny_llama()
+
+    def refuse(*_arguments):
+        raise MemoryError
+
+    model.model.layers[0].register_forward_pre_hook(refuse)
+    with pytest.raises(OutOfMemory, match="max_length"):
+        add_inputs(
+            as_base(model),
+            targets_of(model),
+            empty_moments(targets_of(model)),
+            *one_fold(reference_rows(1, paired=False)),
+        )
+
+
+def empty_moments(targets):
+    return {name: Moment.empty(torch.eye(layer_sizes(module)[1])) for name, module in targets.items()}
 
 
 def targets_of(model):
