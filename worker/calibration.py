@@ -6,6 +6,7 @@ Shape legend
     R  rows    J  objectives
 """
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,8 +47,8 @@ class Trial:
     combined: Change
     """Phi: weighted change of the objectives, each in units of its gradient's norm."""
     objectives: dict[str, Change]
-    nll: Change
-    """Of the chosen completions, per token, whether SFT takes part or not."""
+    nll: dict[str, Change]
+    """Of a dataset's chosen completions, per token, whether SFT takes part or not."""
     since_base: dict[str, Change] = field(default_factory=dict)
     """Of the objectives from the base model on, where the step does not begin there."""
 
@@ -83,6 +84,23 @@ StepScores = Callable[[float], Scores]
 """Returns the scores of all held-out rows after a step of size eta; NumericalFailure if some are not finite."""
 Evaluator = Callable[[Sequence[Direction], Held], StepScores]
 """Takes the directions and the rows to score under them; ``directions[f]`` was made without the rows of fold f."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What one dataset's rows are asked in a line search."""
+
+    objectives: Sequence[Objective]
+    held: Held
+    evaluator: Evaluator
+    """Decides who runs the forward passes; nothing else is run."""
+    place: str = ""
+    """What the names of its objectives begin with."""
+
+    @property
+    def base_scores(self) -> Scores:
+        """Return the scores of its rows under the base model."""
+        return Scores.concatenate([scores for fold in self.held for _, scores in fold])
 
 
 def calibration_batches(sizes: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
@@ -137,33 +155,38 @@ def alone(
     return evaluator
 
 
-def calibrate(
-    objectives: Sequence[Objective],
-    mixture: Mixture,
-    directions: Sequence[Direction],
-    folds: Held,
-    evaluator: Evaluator,
-) -> Calibration:
-    """Return the step size for these directions; ``directions[f]`` was made without the rows of ``folds[f]``.
+def calibrate(examined: Sequence[Examined], mixture: Mixture, directions: Sequence[Direction]) -> Calibration:
+    """Return the step size for these directions; ``directions[f]`` was made without the rows of fold f.
 
-    The evaluator decides who runs the forward passes; nothing else is run.
+    A step is judged by all objectives of all datasets; ``mixture`` has them in this order.
     """
-    reference = Scores.concatenate([scores for fold in folds for _, scores in fold])
-    scales = mixture.scales
-    step_scores = evaluator(directions, folds)
-    if needs_mismatches(objectives):  # which the pass has not scored
-        reference = step_scores(0.0)
+    every = mixture.scales.split([len(one.objectives) for one in examined])
+    step_scores = [one.evaluator(directions, one.held) for one in examined]
+    references = [
+        # Mismatched completions are not scored by the pass.
+        own_scores(0.0) if needs_mismatches(one.objectives) else one.base_scores
+        for one, own_scores in zip(examined, step_scores, strict=True)
+    ]
 
     def evaluate(eta: float) -> Trial:
         try:
-            stepped = step_scores(eta)
+            stepped = [own_scores(eta) for own_scores in step_scores]
         except NumericalFailure:  # the base model's own numbers are finite, so the step is too long
-            return failed_trial(eta, objectives)
-        return trial(eta, objectives, scales, reference, stepped)
+            return together([failed_trial(eta, one.objectives, one.place) for one in examined])
+        return together(
+            [
+                trial(eta, one.objectives, scales, reference, after, place=one.place)
+                for one, scales, reference, after in zip(examined, every, references, stepped, strict=True)
+            ]
+        )
 
-    losses = [row_losses(objective, reference, reference).mean().item() for objective in objectives]
+    losses = [
+        row_losses(objective, reference, reference).mean().item()
+        for one, reference in zip(examined, references, strict=True)
+        for objective in one.objectives
+    ]
     slope = sum(layer.descent for direction in directions for layer in direction.values()) / len(directions)
-    return line_search(evaluate, first_step(losses, scales, slope), evaluations=EVALUATIONS)
+    return line_search(evaluate, first_step(losses, mixture.scales, slope), evaluations=EVALUATIONS)
 
 
 def score_step(
@@ -189,16 +212,18 @@ def score_step(
     return Scores.concatenate(scores)
 
 
-def held_out(objectives: Sequence[Objective], base: Scores, accepted: Trial | None) -> dict[str, HeldOut]:
-    """Return every objective, and ``nll``, before and after the accepted step, or before twice if there is none."""
-    measured: dict[str, tuple[Objective, Change | None]] = {"nll": (Sft(), accepted.nll if accepted else None)}
-    for objective in objectives:
-        measured[objective.type] = (objective, accepted.objectives[objective.type] if accepted else None)
+def held_out(examined: Sequence[Examined], accepted: Trial | None) -> dict[str, HeldOut]:
+    """Return every objective, and every dataset's ``nll``, before and after the accepted step, or before twice."""
     result = {}
-    for name, (objective, change) in measured.items():
-        before = row_losses(objective, base, base).mean().item()
-        after = before + (change.mean if change else 0.0)
-        result[name] = HeldOut(base=before, adapter=after, rows=rows_measured(objective, base))
+    for one in examined:
+        base = one.base_scores
+        measured: dict[str, Objective] = {"nll": Sft(), **{objective.type: objective for objective in one.objectives}}
+        changes = {**accepted.nll, **accepted.objectives} if accepted else {}
+        for kind, objective in measured.items():
+            name = f"{one.place}{kind}"
+            before = row_losses(objective, base, base).mean().item()
+            after = before + (changes[name].mean if accepted else 0.0)
+            result[name] = HeldOut(base=before, adapter=after, rows=rows_measured(objective, base))
     return result
 
 
@@ -210,11 +235,12 @@ def trial(
     stepped: Scores,
     *,
     before: Scores | None = None,
+    place: str = "",
 ) -> Trial:
     """Return the change from ``base`` to ``stepped``, the same rows scored after a step of size eta.
 
     ``scales`` are the weights of the un-normalized objectives, w_j / |G_j|. A step that does not begin at the base
-    model is measured from ``before``.
+    model is measured from ``before``. Names begin with ``place``.
     """
 
     def change(objective: Objective, start: Scores = before or base) -> Float[Tensor, " R"]:
@@ -224,16 +250,26 @@ def trial(
     return Trial(
         eta=eta,
         combined=_change(scales.double() @ rows_JR),
-        objectives={one.type: _change(rows) for one, rows in zip(objectives, rows_JR, strict=True)},
-        nll=_change(change(Sft())),
+        objectives={f"{place}{one.type}": _change(rows) for one, rows in zip(objectives, rows_JR, strict=True)},
+        nll={f"{place}nll": _change(change(Sft()))},
         since_base={one.type: _change(change(one, base)) for one in objectives} if before else {},
     )
 
 
-def failed_trial(eta: float, objectives: Sequence[Objective]) -> Trial:
+def failed_trial(eta: float, objectives: Sequence[Objective], place: str = "") -> Trial:
     """Return the trial of a step so large that log-probabilities are no longer finite."""
     worst = Change(float("inf"), 0.0)
-    return Trial(eta, worst, {objective.type: worst for objective in objectives}, worst)
+    return Trial(eta, worst, {f"{place}{objective.type}": worst for objective in objectives}, {f"{place}nll": worst})
+
+
+def together(trials: Sequence[Trial]) -> Trial:
+    """Return one step's trial from those on every dataset, whose rows are independent samples."""
+    return Trial(
+        trials[0].eta,
+        Change(sum(one.combined.mean for one in trials), math.hypot(*(one.combined.error for one in trials))),
+        {name: change for one in trials for name, change in one.objectives.items()},
+        {name: change for one in trials for name, change in one.nll.items()},
+    )
 
 
 def first_step(base_losses: Sequence[float], scales: Float[Tensor, " J"], slope: float) -> float:

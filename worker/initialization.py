@@ -215,7 +215,7 @@ def finish(
         evaluator = shared(
             share, planned.base, objectives, directory=directory, pad_token_id=base.pad_token_id, on_progress=clock
         )
-        built = adapter_from(one_pass, objectives, spec, evaluator=evaluator, on_progress=clock)
+        built = adapter_from([one_pass], spec, evaluators=[evaluator], on_progress=clock)
     shards_used = len(planned.shards)
     return _deliver(
         subject, spec, planned.rows, built, evaluation, shards=shards_used, out=out, settings=settings, clock=clock

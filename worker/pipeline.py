@@ -17,10 +17,19 @@ from torch import Tensor, nn
 
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Retained
 from d2lora.settings import WorkerSettings
-from worker.calibration import Calibration, Evaluator, alone, calibrate, calibration_batches, held_out
+from worker.batches import Batch
+from worker.calibration import Calibration, Evaluator, Examined, alone, calibrate, calibration_batches, held_out
 from worker.combining import Mixture
 from worker.data import Example
-from worker.directions import Pass, combined_direction, leave_one_out_directions, noise_scales
+from worker.directions import (
+    Pass,
+    coefficients_of,
+    combined_direction,
+    leave_one_out_directions,
+    names_of,
+    noise_scales,
+    statistics_of,
+)
 from worker.factors import (
     Direction,
     Factors,
@@ -28,16 +37,10 @@ from worker.factors import (
     inner_products,
     whitened_gramians,
 )
-from worker.gathering import deal_batches, gather_statistics, kind_of_sums, sketch_shapes
+from worker.gathering import Gathered, deal_batches, gather_statistics, kind_of_sums, sketch_shapes
 from worker.matrices import TestMatrices
 from worker.models import BaseModel
-from worker.objectives import (
-    Basis,
-    Scores,
-    bases_of,
-    objective_coefficients,
-    resolve_objectives,
-)
+from worker.objectives import Basis, bases_of, resolve_objectives
 from worker.points import first_point
 from worker.retaining import Restraint, restrain
 from worker.rounds import Rounds, Surroundings, further_rounds
@@ -54,6 +57,8 @@ class BuiltAdapter:
     factors: dict[str, Factors]
     direction: Direction
     objectives: list[Objective]
+    names: list[str]
+    """Of the objectives, in reports; with several datasets, two may be of one type."""
     mixture: Mixture
     layer_gramians: dict[str, Float[Tensor, "J J"]]
     """Inner products of the objectives' gradients, of one layer each."""
@@ -99,26 +104,17 @@ def build_adapter(
     gathered = gather_statistics(
         base, targets, spec, batches, bases, settings=settings, directory=directory, on_progress=on_progress
     )
-    matrices = TestMatrices(spec.seed, base.device)
-    scored = zip(batches, gathered.scores, strict=True)
-    folds = [list(own) for _, own in groupby(scored, key=lambda pair: pair[0].fold)]
-    chosen = calibration_batches([[len(batch.rows) for batch, _ in fold] for fold in folds], spec.seed)
-    one_pass = Pass(
-        bases,
-        [load_statistics(path, matrices) for path in gathered.sums.values()],
-        [[fold[index] for index in indices] for fold, indices in zip(folds, chosen, strict=True)],
-    )
+    one_pass = pass_of(base, spec, objectives, batches, gathered)
     built = adapter_from(
-        one_pass,
-        objectives,
+        [one_pass],
         spec,
-        evaluator=alone(base, targets, objectives, on_progress),
+        evaluators=[alone(base, targets, objectives, on_progress)],
         on_progress=on_progress,
         restraint=restraint,
     )
     above = spec.second_pass_above
     if above is not None and (layers := inaccurate_layers(built.direction, above)):
-        coefficients = built.mixture.basis_coefficients(objective_coefficients(objectives, bases, one_pass.counts()))
+        coefficients = built.mixture.basis_coefficients(one_pass.coefficients())
         better = refined(
             base,
             targets,
@@ -139,7 +135,7 @@ def build_adapter(
 
     def direction_of(statistics: Statistics, own: tuple[Basis, ...]) -> tuple[Mixture, Direction]:
         products = inner_products([statistics], len(own))
-        return combined_direction(Pass(own, [statistics], []), products, objectives, spec)
+        return combined_direction([Pass(objectives, own, [statistics], [])], products, spec)
 
     around = Surroundings(
         base,
@@ -155,6 +151,29 @@ def build_adapter(
         directory,
     )
     return _continued(built, around, on_progress)
+
+
+def pass_of(
+    base: BaseModel,
+    spec: InitializationSpec,
+    objectives: Sequence[Objective],
+    batches: Sequence[Batch],
+    gathered: Gathered,
+    *,
+    place: str = "",
+) -> Pass:
+    """Return what was gathered from all of a dataset's batches, with those of them that calibration scores."""
+    matrices = TestMatrices(spec.seed, base.device)
+    scored = zip(batches, gathered.scores, strict=True)
+    folds = [list(own) for _, own in groupby(scored, key=lambda pair: pair[0].fold)]
+    chosen = calibration_batches([[len(batch.rows) for batch, _ in fold] for fold in folds], spec.seed)
+    return Pass(
+        objectives,
+        bases_of(objectives),
+        [load_statistics(path, matrices) for path in gathered.sums.values()],
+        [[fold[index] for index in indices] for fold, indices in zip(folds, chosen, strict=True)],
+        place,
+    )
 
 
 def _continued(first: BuiltAdapter, around: Surroundings, on_progress: OnProgress) -> BuiltAdapter:
@@ -176,27 +195,33 @@ def _continued(first: BuiltAdapter, around: Surroundings, on_progress: OnProgres
 
 
 def adapter_from(
-    one_pass: Pass,
-    objectives: list[Objective],
+    passes: Sequence[Pass],
     spec: InitializationSpec,
     *,
-    evaluator: Evaluator,
+    evaluators: Sequence[Evaluator],
     on_progress: OnProgress,
     restraint: Restraint | None = None,
 ) -> BuiltAdapter:
-    """Return the adapter for the statistics of all rows, whoever gathered them; ``evaluator`` runs calibration.
+    """Return the adapter for the statistics of all rows, whoever gathered them.
+
+    There is a pass for every dataset, and an evaluator, which runs calibration on its rows.
 
     Raises:
         NumericalFailure: a number is not finite, or the objectives cancel.
     """
-    products = inner_products(one_pass.statistics, len(one_pass.bases))
-    mixture, direction = combined_direction(one_pass, products, objectives, spec)
+    statistics, coefficients = statistics_of(passes), coefficients_of(passes)
+    products = inner_products(statistics, coefficients.shape[1])
+    mixture, direction = combined_direction(passes, products, spec)
+    examined = [
+        Examined(one.objectives, one.held, evaluator, one.place)
+        for one, evaluator in zip(passes, evaluators, strict=True)
+    ]
     calibration, retained, directions = None, None, []
-    if spec.start == "calibrated" and len(one_pass.statistics) > 1:
-        directions = leave_one_out_directions(one_pass, products, objectives, spec, on_progress)
+    if spec.start == "calibrated" and len(statistics) > 1:
+        directions = leave_one_out_directions(passes, products, spec, on_progress)
 
         def search(others: Sequence[Direction]) -> Calibration:
-            return calibrate(objectives, mixture, others, one_pass.held, evaluator)
+            return calibrate(examined, mixture, others)
 
         if restraint is None:
             calibration = search(directions)
@@ -207,29 +232,30 @@ def adapter_from(
     accepted = calibration.accepted if calibration else None
     eta = accepted.eta if accepted else 0.0
 
-    coefficients = objective_coefficients(objectives, one_pass.bases, one_pass.counts())
-    gramians = products.layers if spec.whitening is None else whitened_gramians(one_pass.statistics, spec.whitening)
-    base_scores = Scores.concatenate([scores for fold in one_pass.held for _, scores in fold])
+    gramians = products.layers if spec.whitening is None else whitened_gramians(statistics, spec.whitening)
     return BuiltAdapter(
         factors=calibrated_step(direction, eta=eta, scaling=spec.lora.scaling),
         direction=direction,
-        objectives=objectives,
+        objectives=[objective for one in passes for objective in one.objectives],
+        names=names_of(passes),
         mixture=mixture,
         layer_gramians={name: coefficients @ own @ coefficients.T for name, own in gramians.items()},
-        noise_scales=noise_scales(one_pass, products, objectives),
-        folds=len(one_pass.statistics),
+        noise_scales=noise_scales(passes, products),
+        folds=len(statistics),
         calibration=calibration,
         eta=eta,
-        reason=_reason(spec, calibration),
-        held_out=held_out(objectives, base_scores, accepted),
+        reason=_reason(spec, calibration, datasets=len(passes)),
+        held_out=held_out(examined, accepted),
         leave_one_out=directions if spec.rounds > 1 else [],
         retained=retained,
     )
 
 
-def _reason(spec: InitializationSpec, calibration: Calibration | None) -> str:
+def _reason(spec: InitializationSpec, calibration: Calibration | None, *, datasets: int) -> str:
     if spec.start == "zero":
         return "the request asks for lora_B = 0"
+    if calibration is None and datasets > 1:
+        return "rows of every dataset, and of each of its labels, cannot be held out, so no step can be supported"
     if calibration is None:
         return "a single distinct row (of one label) leaves nothing to hold out, so no step can be supported"
     return calibration.reason

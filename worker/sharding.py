@@ -187,7 +187,8 @@ def merge(
         FormatMismatch: another version of the worker wrote a file.
         ChecksumMismatch: a file is damaged, missing or not of this shard.
     """
-    bases = bases_of(resolve_objectives(spec.objectives, plan.rows.supervision))
+    objectives = resolve_objectives(spec.objectives, plan.rows.supervision)
+    bases = bases_of(objectives)
     matrices = TestMatrices(spec.seed, base.device)
     shapes = sketch_shapes(targets, spec)
     folds = range(1 + max(fold for shard in plan.shards for fold in shard.folds))
@@ -218,7 +219,7 @@ def merge(
             count()
         for file, total in zip(sums, totals, strict=True):
             file.finish(total)
-    return Pass(bases, [load_statistics(path, matrices) for path in paths], chosen.held)
+    return Pass(objectives, bases, [load_statistics(path, matrices) for path in paths], chosen.held)
 
 
 class _Chosen:

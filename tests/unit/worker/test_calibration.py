@@ -15,7 +15,7 @@ def valley(bottom, *, depth=1.0, error=0.01, others=None):
         evaluate.asked.append(eta)
         mean = depth * (math.log2(eta / bottom) ** 2 / 4 - 1)
         objectives = {"sft": Change(mean, error), **({} if others is None else {"dpo": others(eta)})}
-        return Trial(eta, Change(mean, error), objectives, Change(mean, error))
+        return Trial(eta, Change(mean, error), objectives, {})
 
     evaluate.asked = []
     return evaluate
@@ -80,7 +80,7 @@ def test_a_trial_weighs_the_changes_and_gives_their_standard_errors():
     combined = 2 * sft + 3 * dpo
     assert result.combined.mean == pytest.approx(combined.mean().item())
     assert result.combined.error == pytest.approx(combined.std().item() / 2**0.5)
-    assert result.nll.mean == pytest.approx(sft.mean().item())
+    assert result.nll["nll"].mean == pytest.approx(sft.mean().item())
 
 
 def test_one_row_has_no_standard_error_and_supports_nothing():

@@ -349,7 +349,7 @@ def test_the_search_takes_the_best_step_of_the_first_restraint_that_binds_no_mor
     strength_of = {}
 
     def trial(eta, phi):
-        return Trial(eta, Change(phi, 0.1), {}, Change(0.0, 0.0))
+        return Trial(eta, Change(phi, 0.1), {}, {})
 
     def calibrate(others):
         number = len(strength_of)

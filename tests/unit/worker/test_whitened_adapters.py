@@ -93,9 +93,9 @@ def test_a_fold_that_is_left_out_enters_neither_gradient_nor_moment(tmp_path):
         on_progress=lambda *_: None,
     )
     matrices = TestMatrices(spec.seed, base.device)
-    one_pass = Pass(bases_of(objectives), [load(path, matrices) for path in gathered.sums.values()], [])
+    one_pass = Pass(objectives, bases_of(objectives), [load(path, matrices) for path in gathered.sums.values()], [])
 
-    _, direction = combined_direction(one_pass, inner_products(one_pass.statistics, 1), objectives, spec, leave_out=2)
+    _, direction = combined_direction([one_pass], inner_products(one_pass.statistics, 1), spec, leave_out=2)
 
     folds = assign_folds(examples, folds=FOLDS, seed=spec.seed)
     others = [row for row, fold in zip(rows, folds, strict=True) if fold != 2]
