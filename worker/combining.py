@@ -1,7 +1,7 @@
 """One direction from several objectives: weights from the cosines between their gradients.
 
 Every gradient is divided by its global norm first, so an objective's scale (DPO's beta, a sum against a mean) decides
-nothing, and torchjd's weightings see a Gramian with ones on its diagonal (docs/method.md, section 3).
+nothing, and the weightings see a Gramian with ones on its diagonal (docs/method.md, section 3).
 
 Shape legend
     J  objectives    K  bases    F  folds
@@ -14,10 +14,11 @@ from typing import assert_never
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchjd.aggregation import IMTLGWeighting, MGDAWeighting, UPGradWeighting
+from torchjd.aggregation import IMTLGWeighting, UPGradWeighting
 
 from d2lora.errors import NumericalFailure
 from d2lora.initializations import Combination, Fixed, ImtlG, Mean, Mgda, UpGrad
+from worker.min_norm import min_norm_weights
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def combine(
 def _weights(cosines: Float[Tensor, "J J"], combination: Combination) -> Float[Tensor, " J"]:
     match combination:
         case Mgda():
-            return MGDAWeighting(epsilon=1e-9, max_iters=10_000)(cosines)
+            return min_norm_weights(cosines)
         case UpGrad():
             return UPGradWeighting()(cosines)
         case ImtlG():

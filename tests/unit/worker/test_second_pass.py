@@ -116,7 +116,7 @@ def test_only_layers_above_the_bound_are_refined_and_the_backward_ends_at_the_lo
     once = build(rows, tmp_path / "once", model=model, lora=LoraSpec(r=2))
     errors = {name: (layer.missed / layer.energy) ** 0.5 for name, layer in once.direction.items()}
     last = [error for name, error in errors.items() if ".1." in name]
-    above = sorted(last)[-2]
+    above = sum(sorted(last)[-2:]) / 2  # between two layers, away from rounding
     expected = {name for name, error in errors.items() if error > above}
     assert 0 < len(expected) < len(errors)
 
