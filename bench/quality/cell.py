@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.quality.choices import questions, right_answers
-from bench.quality.datasets import Splits, general_rows, in_batches, splits
+from bench.quality.datasets import General, Row, Splits, general_rows, in_batches, splits
 from bench.quality.encoding import fits
 from bench.quality.generation import row_scores
 from bench.quality.grid import Cell, Places
@@ -39,13 +39,18 @@ def run(cell: Cell, places: Places) -> Record:
         with_test=cell.phase == "test",
         fits=lambda row: fits(row, tokenizer, max_length=protocol.max_length),
     )
-    measure = _Measure(cell, parts, places, base, tokenizer)
+    general = General([], [])
+    if places.general is not None:
+        general = general_rows(places.general, protocol.general_rows, protocol.retain_rows)
+    measure = _Measure(cell, parts, general.measured, places, base, tokenizer)
     record: Record = {"fingerprint": cell.fingerprint, "cell": cell.model_dump(), "base": measure.base}
     # DPO's reference, for every method, is the base model as it was.
     reference = copy.deepcopy(base) if cell.task.trainer == "dpo" else None
     with tempfile.TemporaryDirectory(prefix="quality-") as name:
         directory = Path(name)
-        work = Work(base, tokenizer, parts.train, cell.task.trainer, protocol, cell.seed, path, directory)
+        work = Work(
+            base, tokenizer, parts.train, cell.task.trainer, protocol, cell.seed, path, directory, general.learned
+        )
         began, began_cpu = time.perf_counter(), time.process_time()
         try:
             start = INITIALIZERS[cell.initializer](work)
@@ -115,7 +120,13 @@ class _Measure:
     """What is measured of a model on the rows that the cell may see, with the base model as reference."""
 
     def __init__(
-        self, cell: Cell, parts: Splits, places: Places, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        self,
+        cell: Cell,
+        parts: Splits,
+        general: list[Row],
+        places: Places,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self.cell, self.tokenizer = cell, tokenizer
         length, autocast = cell.protocol.max_length, cell.protocol.autocast
@@ -123,10 +134,7 @@ class _Measure:
         rows = parts.validation if parts.test is None else parts.test
         self.held = Held(rows, tokenizer, max_length=length, autocast=autocast)
         self.reference = score_all(base, self.held)
-        self.general = None
-        if places.general is not None:
-            rows = general_rows(places.general, cell.protocol.general_rows)
-            self.general = Held(rows, tokenizer, max_length=length, autocast=autocast)
+        self.general = Held(general, tokenizer, max_length=length, autocast=autocast) if general else None
         self.questions = []
         if places.questions is not None and cell.phase == "test":
             self.questions = questions(places.questions, cell.protocol.questions)

@@ -28,6 +28,16 @@ class Splits:
     test: list[Row] | None
 
 
+@dataclass(frozen=True)
+class General:
+    """Rows of general text, the same for all seeds."""
+
+    measured: list[Row]
+    """Forgetting is measured on these alone."""
+    learned: list[Row]
+    """Some starts learn from these; none of them is measured."""
+
+
 def splits(
     folder: Path,
     kind: Kind,
@@ -76,9 +86,10 @@ def in_batches(rows: list[Row], *, seed: int, steps: int, batch: int) -> list[Ro
     return ordered[: steps * batch]
 
 
-def general_rows(path: Path, count: int) -> list[Row]:
-    """Return the first rows of a fixed shuffle of a file of ``text`` rows."""
-    return shuffled(read(path, "text", "sft"), HELD_OUT)[:count]
+def general_rows(path: Path, measured: int, learned: int) -> General:
+    """Return the first rows of a fixed shuffle of a file of ``text`` rows, as measured ones and, after them, others."""
+    rows = shuffled(read(path, "text", "sft"), HELD_OUT)
+    return General(rows[:measured], rows[measured : measured + learned])
 
 
 def read(path: Path, kind: Kind, trainer: str) -> list[Row]:

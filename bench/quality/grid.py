@@ -33,6 +33,8 @@ class Protocol(Frozen):
     validation_rows: int = 64
     test_rows: int = 128
     general_rows: int = 32
+    retain_rows: int = 64
+    """Further rows of general text, none of those that are measured, for the starts that learn from such text."""
     questions: int = 64
     generation_rows: int = 64
     new_tokens: int = 96
@@ -104,7 +106,7 @@ class Places(Frozen):
     folders: dict[str, Path]
     """Task's name -> folder with train.jsonl, test.jsonl and perhaps validation.jsonl."""
     general: Path | None = None
-    """A file of ``text`` rows, for forgetting."""
+    """A file of ``text`` rows, for forgetting and for the starts that learn from general text."""
     questions: Path | None = None
     """A file of multiple-choice rows (instruction, answer) of no task that is trained, for forgetting too."""
 
@@ -156,7 +158,7 @@ class Plan(Frozen):
 def code_identity(initializer: str) -> str:
     """Return a digest of the sources that decide a cell's numbers; the worker's are among them for ours alone."""
     paths = [ROOT / "bench" / "quality" / f"{name}.py" for name in _DECIDING]
-    if initializer.startswith(("ours", "random")):
+    if initializer.startswith(("ours", "random", "warmup")):
         paths += [ROOT / "bench" / "quality" / "ours.py", *sorted((ROOT / "worker").glob("*.py"))]
     return digest(paths)
 

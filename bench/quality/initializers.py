@@ -1,6 +1,6 @@
 """Every initializer that the grid compares, as functions with one signature in one table.
 
-A further one, such as a warm-up on general text or a variant of ours, is a function of `Work` and a line in the table.
+A further one is a function of `Work` and a line in the table.
 """
 
 from collections.abc import Callable
@@ -26,4 +26,6 @@ INITIALIZERS: dict[str, Initializer] = {
     "ours_calibrated": ours.ours_calibrated,
     "ours_whitened": ours.ours_whitened,
     "ours_rounds": ours.ours_rounds,
+    "ours_retain": ours.ours_retain,
+    "warmup": ours.warmup,
 }

@@ -1,15 +1,21 @@
 """Our initializer in its variants, run from files to files as the worker runs it, and a control of its magnitude."""
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from peft import PeftModel
 
-from bench.quality.peft_starts import layers, random_start, scaled
+from bench.quality.datasets import Row
+from bench.quality.peft_starts import MethodFailed, layers, random_start, scaled
 from bench.quality.starts import Start, Work
 from d2lora.datasets import DatasetFile, Format
 from d2lora.initializations import InitializationSpec, LoraSpec, Whitening
+from d2lora.methods import Warmup
+from d2lora.roles import Role
 from d2lora.settings import WorkerSettings
 from worker.initialization import initialize
 
@@ -27,6 +33,16 @@ def ours_whitened(work: Work) -> Start:
 def ours_rounds(work: Work) -> Start:
     """Up to four steps, each from the gradients at the one before."""
     return _ours(work, rounds=4)
+
+
+def ours_retain(work: Work) -> Start:
+    """The calibrated step that keeps the loss of general text, within the tolerance that is the default."""
+    return _ours(work, {Role.RETAIN: _general(work)}, retain_dataset_id="general")
+
+
+def warmup(work: Work) -> Start:
+    """The published D2LoRA (arXiv:2503.18089): PEFT's default start, trained for a few steps on general text."""
+    return _ours(work, {Role.WARMUP: _general(work)}, method=Warmup(warmup_dataset_id="general"))
 
 
 def ours_zero(work: Work) -> Start:
@@ -47,10 +63,14 @@ def random_matched(work: Work) -> Start:
     return Start(start, {"magnitude": _magnitude(wanted)})
 
 
-def _ours(work: Work, **options: Any) -> Start:
+def _general(work: Work) -> list[Row]:
+    if not work.general:
+        raise MethodFailed("it learns from general text, and there is none")
+    return work.general
+
+
+def _ours(work: Work, extras: Mapping[Role, list[Row]] = MappingProxyType({}), **options: Any) -> Start:
     """Run the worker from files to files, and load its files on the unmodified base as a user would."""
-    rows = work.directory / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in work.rows), encoding="utf-8")
     out = work.directory / "adapter"
     out.mkdir()
     spec = InitializationSpec(
@@ -62,12 +82,22 @@ def _ours(work: Work, **options: Any) -> Start:
         **options,
     )
     result = initialize(
-        spec, DatasetFile(rows, Format.JSONL), {}, out=out, settings=WorkerSettings(), on_progress=lambda *_: None
+        spec,
+        _file(work.directory / "rows.jsonl", work.rows),
+        {role: _file(work.directory / f"{role}.jsonl", rows) for role, rows in extras.items()},
+        out=out,
+        settings=WorkerSettings(),
+        on_progress=lambda *_: None,
     )
     model = PeftModel.from_pretrained(work.base, str(out), is_trainable=True)
     wanted = {name: scaled(layer).norm().item() for name, layer in layers(model).items()}
     summary = result.summary
     return Start(model, {"start": summary.start, "weights": summary.weights, "magnitude": _magnitude(wanted)})
+
+
+def _file(path: Path, rows: list[Row]) -> DatasetFile:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return DatasetFile(path, Format.JSONL)
 
 
 def _magnitude(norms: dict[str, float]) -> float:

@@ -27,6 +27,7 @@ def smoke_plans() -> list[Plan]:
         validation_rows=16,
         test_rows=16,
         general_rows=8,
+        retain_rows=8,
         questions=8,
         generation_rows=8,
         new_tokens=16,

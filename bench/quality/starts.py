@@ -28,6 +28,8 @@ class Work:
     """Where the base model is."""
     directory: Path
     """Empty, for files."""
+    general: list[Row]
+    """Rows of general text that nothing is measured on; none where the grid has no such text."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from scipy import stats
 
 from bench.quality.choosing import choose
 from bench.quality.curves import first_reach, mean_height, median, paired_interval, value_at
-from bench.quality.datasets import in_batches, splits
+from bench.quality.datasets import general_rows, in_batches, splits
 from bench.quality.generation import answer_of
 from bench.quality.grid import Cell, Protocol, Task
 from bench.quality.store import Store
@@ -180,6 +180,16 @@ def test_too_few_rows_are_refused_by_number(tmp_path):
 
     with pytest.raises(ValueError, match="35 rows wanted, and 34 are left"):
         cut(tmp_path, rows=35)
+
+
+def test_text_that_starts_learn_from_is_never_measured(tmp_path):
+    write(tmp_path, "general")
+
+    general = general_rows(tmp_path / "general.jsonl", 8, 16)
+
+    assert (len(general.measured), len(general.learned)) == (8, 16)
+    assert not [row for row in general.learned if row in general.measured]
+    assert general.measured == general_rows(tmp_path / "general.jsonl", 8, 0).measured
 
 
 def test_rows_that_do_not_fit_are_in_no_split(tmp_path):
