@@ -90,7 +90,8 @@ class Claim:
     tenant: str
     attempt: int
     spec: InitializationSpec
-    dataset: StoredDataset
+    datasets: tuple[StoredDataset, ...]
+    """What the adapter is made from."""
     extras: Mapping[Role, StoredDataset]
     """What else the request names."""
     plan: Plan | None = None
@@ -137,7 +138,7 @@ def claim_of(session: Session, row: InitializationRow) -> Claim:
         tenant=row.tenant,
         attempt=row.attempt,
         spec=spec,
-        dataset=stored_dataset(session, row.tenant, spec.dataset_id),
+        datasets=tuple(stored_dataset(session, row.tenant, dataset.dataset_id) for dataset in spec.training.values()),
         extras={
             role: stored_dataset(session, row.tenant, dataset_id)
             for role, dataset_id in extra_dataset_ids(spec).items()

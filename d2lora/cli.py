@@ -20,7 +20,7 @@ from d2lora.datasets import DatasetFile, Format, inspect
 from d2lora.display import print_job, print_summary, progress_bar
 from d2lora.errors import D2LoraError, Problem, ServiceUnreachable, from_problem
 from d2lora.initializations import Progress, Result, State
-from d2lora.options import build_spec, with_spec_options
+from d2lora.options import build_spec, by_dataset, with_spec_options
 from d2lora.roles import FOR_THE_OBJECTIVES, Role
 from d2lora.supervisor import Child, api_key_file, free_port, running, supervise, wait_until_ready
 
@@ -37,7 +37,17 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 Url = Annotated[str, typer.Option(envvar="D2LORA_URL", help="the service's address")]
 ApiKey = Annotated[str | None, typer.Option(envvar="D2LORA_API_KEY", help="else .d2lora/api_key", show_default=False)]
-Columns = Annotated[list[str] | None, typer.Option("--column", help="ours=theirs, such as prompt=question; repeatable")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        help="ours=theirs, such as prompt=question; repeatable; 1.prompt=question is for the first --dataset",
+    ),
+]
+Further = Annotated[
+    list[Path] | None,
+    typer.Option("--dataset", help="a file of rows whose objectives join in, on their own normalizers; repeatable"),
+]
 FileFormat = Annotated[Format | None, typer.Option("--format", help="else by the file's suffix")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for a script")]
 
@@ -122,16 +132,20 @@ def init(
     options: dict[str, Any],
     extras: dict[Role, Path],
     out: Annotated[Path, typer.Option(help="directory for the adapter; must not exist, or be empty")],
+    dataset: Further = None,
     column: Columns = None,
     format: FileFormat = None,
     as_json: AsJson = False,
 ) -> None:
     """Build one adapter on this machine, without a service."""
     _need_rooms("worker")
+    file, *others = _training_files([data, *(dataset or [])], column, format)
     files = _extra_files(extras, column)
+    further = [f"local-{number}" for number in range(1, 1 + len(others))]
     request = {
-        "spec": build_spec(model, "local", options, dict.fromkeys(files, "local")).model_dump(mode="json"),
-        "dataset": _described(_dataset_file(data, column, format)),
+        "spec": build_spec(model, "local", options, dict.fromkeys(files, "local"), further).model_dump(mode="json"),
+        "dataset": _described(file),
+        "further": [_described(other) for other in others],
         "extras": {role: _described(file) for role, file in files.items()},
         "out": str(out),
     }
@@ -182,21 +196,24 @@ def submit(
     wait_: Annotated[bool, typer.Option("--wait", help="until it has ended")] = False,
     out: Annotated[Path | None, typer.Option(help="with --wait: pull the adapter into this directory")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="the same key submits once")] = None,
+    dataset: Further = None,
     column: Columns = None,
     format: FileFormat = None,
     as_json: AsJson = False,
 ) -> None:
     """Upload a dataset and ask the service for an adapter."""
-    file = _dataset_file(data, column, format)
+    rows = _training_files([data, *(dataset or [])], column, format)
     files = _extra_files(extras, column)
-    build_spec(model, "unknown", options, dict.fromkeys(files, "unknown"))  # before anything is uploaded
+    unknown = [f"unknown-{number}" for number in range(1, len(rows))]
+    build_spec(model, "unknown", options, dict.fromkeys(files, "unknown"), unknown)  # before anything is uploaded
     with _client(url, api_key) as client:
-        dataset = client.upload_dataset(file.path, format=file.format, columns=file.columns)
-        uploaded = {
-            role: client.upload_dataset(other.path, format=other.format, columns=other.columns).id
-            for role, other in files.items()
-        }
-        job = client.submit(build_spec(model, dataset.id, options, uploaded), idempotency_key=idempotency_key)
+
+        def upload(file: DatasetFile) -> str:
+            return client.upload_dataset(file.path, format=file.format, columns=file.columns).id
+
+        dataset_id, *further = [upload(file) for file in rows]
+        uploaded = {role: upload(file) for role, file in files.items()}
+        job = client.submit(build_spec(model, dataset_id, options, uploaded, further), idempotency_key=idempotency_key)
         if not wait_:
             print(job.model_dump_json() if as_json else job.id)
             return
@@ -276,6 +293,11 @@ def _client(url: str, api_key: str | None) -> Client:
     if not key:
         _stop(f"no API key: give --api-key, set D2LORA_API_KEY, or run where {DATA_DIR}/api_key is", 2)
     return Client(url, api_key=key)
+
+
+def _training_files(paths: list[Path], columns: list[str] | None, format_: Format | None) -> list[DatasetFile]:
+    own = by_dataset(columns or [], len(paths), "--column")
+    return [_dataset_file(path, mapping, format_) for path, mapping in zip(paths, own, strict=True)]
 
 
 def _extra_files(extras: dict[Role, Path], columns: list[str] | None) -> dict[Role, DatasetFile]:

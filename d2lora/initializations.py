@@ -31,6 +31,7 @@ from d2lora.objectives import (
     UpGrad,
 )
 from d2lora.states import Phase, Progress, State
+from d2lora.training import TrainingDataset, check_training
 
 __all__ = [
     "Adapter",
@@ -59,6 +60,7 @@ __all__ = [
     "Retained",
     "Sft",
     "State",
+    "TrainingDataset",
     "UpGrad",
     "Whitening",
 ]
@@ -103,7 +105,13 @@ class InitializationSpec(Frozen):
 
     base_model: str = Field(min_length=1, max_length=1024, description="hub ID, or a local directory or .gguf file")
     revision: str | None = Field(default=None, max_length=256, description="commit, tag or branch of a hub model")
-    dataset_id: str = Field(min_length=1, max_length=64)
+    dataset_id: str | None = Field(default=None, min_length=1, max_length=64, description="this or datasets is needed")
+    datasets: list[TrainingDataset] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=8,
+        description="in place of dataset_id: several datasets, each with its objectives, for one adapter",
+    )
     eval_dataset_id: str | None = Field(
         default=None, max_length=64, description="rows that only measure the delivered adapter"
     )
@@ -152,13 +160,24 @@ class InitializationSpec(Frozen):
     seed: int = Field(default=0, ge=0, lt=2**31)
     metadata: dict[str, str] = Field(default={}, max_length=16, description="kept and returned, never interpreted")
 
+    @property
+    def training(self) -> dict[str, TrainingDataset]:
+        """What the adapter is made from, by what the names of its fields begin with: nothing, or ``datasets[1].``."""
+        if self.datasets is not None:
+            return {f"datasets[{index}].": dataset for index, dataset in enumerate(self.datasets)}
+        assert self.dataset_id is not None
+        return {"": TrainingDataset(dataset_id=self.dataset_id, objectives=self.objectives)}
+
     @model_validator(mode="after")
-    def _objectives_are_distinct(self) -> "InitializationSpec":
-        kinds = [objective.type for objective in self.objectives or []]
-        if len(set(kinds)) != len(kinds):
-            raise ValueError("objectives: each type may appear once")
-        if isinstance(self.combination, Fixed) and len(self.combination.weights) != len(kinds):
-            raise ValueError("combination.weights: one weight per entry of objectives is needed")
+    def _it_is_made_from_one_dataset_or_several(self) -> "InitializationSpec":
+        if (self.dataset_id is None) == (self.datasets is None):
+            raise ValueError("dataset_id: name one dataset here, or several in datasets")
+        check_training(self.training, self.combination)
+        if self.datasets is not None:
+            together = {name for name in _FOR_ONE_DATASET if getattr(self, name) is not None}
+            if together or self.rounds > 1:
+                names = ", ".join(sorted(together | ({"rounds"} if self.rounds > 1 else set())))
+                raise ValueError(f"{names}: not offered together with datasets")
         return self
 
     @model_validator(mode="after")
@@ -220,7 +239,12 @@ class InitializationSpec(Frozen):
         return {name: value for name, value in fields.items() if name not in _unread(self.method)}
 
 
+_FOR_ONE_DATASET = {"objectives", "eval_dataset_id", "retain_dataset_id", "whitening", "second_pass_above"}
+"""Fields of a request that go with ``dataset_id`` alone; of several datasets each has its own ``objectives``."""
+
+
 _GRADIENT_ONLY = {
+    "datasets",
     "objectives",
     "combination",
     "whitening",

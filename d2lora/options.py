@@ -3,7 +3,7 @@
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +31,8 @@ _OPTIONS: dict[str, Any] = {
     "objective": Annotated[
         list[str] | None,
         typer.Option(
-            help="sft, dpo, orpo, kto, or dpo:loss_type=ipo,beta=0.2; repeatable (default: all that the rows allow)"
+            help="sft, dpo, orpo, kto, or dpo:loss_type=ipo,beta=0.2; repeatable (default: all that the rows allow); "
+            "1.dpo is for the rows of the first --dataset"
         ),
     ],
     "whitening": Annotated[
@@ -91,9 +92,16 @@ def with_spec_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def build_spec(
-    base_model: str, dataset_id: str, options: dict[str, Any], extras: Mapping[Role, str] = {}
+    base_model: str,
+    dataset_id: str,
+    options: dict[str, Any],
+    extras: Mapping[Role, str] = {},
+    further: Sequence[str] = (),
 ) -> InitializationSpec:
-    """Return the request that the options describe; ``extras`` are the IDs of other datasets.
+    """Return the request that the options describe.
+
+    ``further`` are the IDs of the datasets that the adapter is made from besides ``dataset_id``, and ``extras`` those
+    of datasets that are for something else.
 
     Raises:
         typer.BadParameter: naming each field at fault.
@@ -111,7 +119,10 @@ def build_spec(
         lora["target_modules"] = _target_modules(lora["target_modules"])
     if lora:
         values["lora"] = {**values.get("lora", {}), **lora}
-    if "objective" in given:
+    if further:
+        objectives = by_dataset(given.pop("objective", []), 1 + len(further), "--objective")
+        named_datasets = _datasets(values.pop("datasets", None), [dataset_id, *further], objectives)
+    elif "objective" in given:
         values["objectives"] = [_typed(text, "--objective") for text in given.pop("objective")]
     if "whitening" in given:
         text = given["whitening"]
@@ -120,10 +131,41 @@ def build_spec(
         given["method"] = _typed(given["method"], "--method")
     try:
         named = with_dataset_ids({**values, **given}, extras)
-        return InitializationSpec.model_validate({**named, "base_model": base_model, "dataset_id": dataset_id})
+        rows = {"datasets": named_datasets} if further else {"dataset_id": dataset_id}
+        return InitializationSpec.model_validate({**named, **rows, "base_model": base_model})
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise typer.BadParameter("; ".join(faults)) from error
+
+
+def by_dataset(texts: Sequence[str], datasets: int, option: str) -> list[list[str]]:
+    """Return the texts of every dataset, which begin with its number and a dot; without one they are the first's.
+
+    Raises:
+        typer.BadParameter: there is no dataset of that number.
+    """
+    own: list[list[str]] = [[] for _ in range(datasets)]
+    for text in texts:
+        number, dot, rest = text.partition(".")
+        numbered = dot and number.isdecimal()
+        if numbered and int(number) >= datasets:
+            raise typer.BadParameter(f"{option} {text}: there are {datasets} datasets, the first of them is 0")
+        own[int(number) if numbered else 0].append(rest if numbered else text)
+    return own
+
+
+def _datasets(
+    described: list[dict[str, Any]] | None, ids: Sequence[str], objectives: Sequence[Sequence[str]]
+) -> list[dict[str, Any]]:
+    """Return a request's ``datasets``; ``described`` is what ``--spec`` says of them, and the options win over it."""
+    described = described or [{} for _ in ids]
+    if len(described) != len(ids):
+        raise typer.BadParameter(f"--spec: datasets has {len(described)} entries, and {len(ids)} files are given")
+    named = [{**one, "dataset_id": dataset_id} for one, dataset_id in zip(described, ids, strict=True)]
+    for dataset, texts in zip(named, objectives, strict=True):
+        if texts:
+            dataset["objectives"] = [_typed(text, "--objective") for text in texts]
+    return named
 
 
 def _target_modules(values: list[str]) -> str | list[str]:

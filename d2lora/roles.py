@@ -34,7 +34,7 @@ FOR_THE_OBJECTIVES = frozenset({Role.EVALUATION})
 
 
 def extra_dataset_ids(spec: InitializationSpec) -> dict[Role, str]:
-    """Return the ID of every dataset that a request names besides ``dataset_id``."""
+    """Return the ID of every dataset that a request names besides those that the adapter is made from."""
     named = {role: _value_at(spec, field) for role, field in FIELDS.items()}
     return {role: dataset_id for role, dataset_id in named.items() if dataset_id is not None}
 
@@ -48,7 +48,11 @@ def check_given(spec: InitializationSpec, extras: Mapping[Role, object]) -> None
 
 def without_dataset_ids(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a request without those that only name datasets."""
-    kept = {name: value for name, value in fields.items() if name != "dataset_id"}
+    kept = {name: value for name, value in fields.items() if name not in {"dataset_id", "datasets"}}
+    if fields.get("datasets") is not None:
+        kept["datasets"] = [
+            {name: value for name, value in dataset.items() if name != "dataset_id"} for dataset in fields["datasets"]
+        ]
     for field in FIELDS.values():
         _remove(kept, field.split("."))
     return kept

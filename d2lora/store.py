@@ -117,7 +117,8 @@ class Store:
                     if used.digest != digest:
                         raise IdempotencyMismatch("Idempotency-Key: it was used with another request; make a new one")
                     return _resource(session, _get(session, tenant, used.initialization_id)), False
-            for dataset_id in (spec.dataset_id, *extra_dataset_ids(spec).values()):
+            named = [dataset.dataset_id for dataset in spec.training.values()]
+            for dataset_id in (*named, *extra_dataset_ids(spec).values()):
                 stored_dataset(session, tenant, dataset_id)
             moment = now(session)
             row = InitializationRow(

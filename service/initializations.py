@@ -1,6 +1,6 @@
 """``/v1/initializations``: a request becomes a job, and a job an adapter."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
@@ -21,7 +21,7 @@ from d2lora.errors import (
     RequestInvalid,
     StorageUnavailable,
 )
-from d2lora.initializations import Adapter, AdapterFile, Frozen, Initialization, InitializationSpec, State
+from d2lora.initializations import Adapter, AdapterFile, Frozen, Initialization, InitializationSpec, Objective, State
 from d2lora.methods import Warmup
 from d2lora.models import parameters_of, queue_of
 from d2lora.roles import FIELDS, FOR_THE_OBJECTIVES, Role, extra_dataset_ids
@@ -204,11 +204,14 @@ async def stream_events(
 
 def _check_datasets(spec: InitializationSpec, tenant: str, store: Store) -> None:
     """Raise, naming the field, unless the datasets exist and allow the objectives."""
-    _check_objectives(spec, _dataset(spec.dataset_id, "dataset_id", tenant, store), "dataset_id")
+    for place, training in spec.training.items():
+        field = f"{place}dataset_id"
+        dataset = _dataset(training.dataset_id, field, tenant, store)
+        _check_objectives(training.objectives, dataset, field, f"{place}objectives")
     for role, dataset_id in extra_dataset_ids(spec).items():
         dataset = _dataset(dataset_id, FIELDS[role], tenant, store)
         if role in FOR_THE_OBJECTIVES:
-            _check_objectives(spec, dataset, FIELDS[role])
+            _check_objectives(spec.objectives, dataset, FIELDS[role], "objectives")
         if isinstance(spec.method, Warmup) and role is Role.WARMUP:
             _check_trainer(spec.method.trainer, dataset)
 
@@ -224,12 +227,18 @@ def _dataset(dataset_id: str, field: str, tenant: str, store: Store) -> Dataset:
         return store.dataset(tenant, dataset_id).dataset
     except NotFound as error:
         detail = f"{field}: there is no dataset {dataset_id!r}"
-        pointer = f"#/{field.replace('.', '/')}"
-        raise RequestInvalid(detail, errors=[ProblemItem(detail=detail, pointer=pointer)]) from error
+        raise RequestInvalid(detail, errors=[ProblemItem(detail=detail, pointer=_pointer(field))]) from error
 
 
-def _check_objectives(spec: InitializationSpec, dataset: Dataset, field: str) -> None:
-    for index, objective in enumerate(spec.objectives or []):
+def _check_objectives(objectives: Sequence[Objective] | None, dataset: Dataset, field: str, asked: str) -> None:
+    """Raise unless the dataset that ``field`` names allows the objectives that the field ``asked`` has."""
+    for index, objective in enumerate(objectives or []):
         if objective.type not in dataset.objectives:
-            detail = f"objectives: {objective.type} needs {rows_needed(objective.type)}, which {field} does not have"
-            raise ObjectiveUnavailable(detail, errors=[ProblemItem(detail=detail, pointer=f"#/objectives/{index}")])
+            detail = f"{asked}: {objective.type} needs {rows_needed(objective.type)}, which {field} does not have"
+            errors = [ProblemItem(detail=detail, pointer=f"{_pointer(asked)}/{index}")]
+            raise ObjectiveUnavailable(detail, errors=errors)
+
+
+def _pointer(field: str) -> str:
+    """Return the JSON pointer to a field such as ``datasets[1].dataset_id``."""
+    return "#/" + field.replace("[", "/").replace("]", "").replace(".", "/")

@@ -1,8 +1,8 @@
 """``python -m worker run``: work on jobs until told to stop; ``alive``: whether it does; ``init``: one adapter alone.
 
-``init`` reads one JSON object from standard input (spec, dataset, extras by role, out) and writes JSON lines to
-standard output: ``{"progress": ...}`` while it works, then ``{"result": ...}`` or ``{"problem": ...}``; it exits with
-0 or 1.
+``init`` reads one JSON object from standard input (spec, dataset, further datasets, extras by role, out) and writes
+JSON lines to standard output: ``{"progress": ...}`` while it works, then ``{"result": ...}`` or ``{"problem": ...}``;
+it exits with 0 or 1.
 """
 
 import json
@@ -27,6 +27,7 @@ from d2lora.settings import BrokerSettings, DatabaseSettings, WorkerSettings
 from worker.heartbeat import heartbeat_file, is_fresh
 from worker.process import RealWork, open_runner
 from worker.runner import Recycle, Runner
+from worker.units import Split
 
 log = logging.getLogger("worker")
 
@@ -124,8 +125,13 @@ def _init(request: dict[str, Any]) -> Result:
     try:
         work = RealWork(WorkerSettings(), may_split=False)
         dataset = _file("dataset", request["dataset"])
+        further = [_file("further", file) for file in request.get("further", [])]
         extras = {Role(role): _file(role, file) for role, file in request.get("extras", {}).items()}
-        result = work.initialize(spec, dataset, extras, workplace, _say_progress)
+        result: Result | Split
+        if further:
+            result = work.initialize_jointly(spec, [dataset, *further], workplace, _say_progress)
+        else:
+            result = work.initialize(spec, dataset, extras, workplace, _say_progress)
         assert isinstance(result, Result)
         workplace.chmod(0o755)  # mkdtemp's is for the owner alone
         if out.exists():

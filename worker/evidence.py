@@ -54,6 +54,11 @@ class Intake(Frozen):
     mean_tokens: dict[str, float]
     warnings: list[str]
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What a report says of the rows."""
+        return {"read": self.read, "used": self.used, "truncated": self.truncated, **self.dropped}
+
 
 def intake(
     encoded: Encoded,
@@ -112,7 +117,7 @@ def make_report(
         extra_dataset_sha256=rows.extras,
         spec=spec,
         left_out=subject.left_out,
-        rows={"read": rows.read, "used": used, "truncated": rows.truncated, **rows.dropped},
+        rows={**rows.counts, "used": used},
         mean_tokens=rows.mean_tokens,
         seconds=seconds,
         versions=versions(),
@@ -132,7 +137,7 @@ def make_gradient_report(
     seconds: dict[str, float],
 ) -> Report:
     """Return the report of a built adapter."""
-    names = [objective.type for objective in built.objectives]
+    names = built.names
     mixture = built.mixture
     cosines = pairwise_cosines(mixture.cosines, names)
     return make_report(
@@ -145,7 +150,7 @@ def make_gradient_report(
             "start": "calibrated" if built.eta > 0 else "zero",
             "start_reason": built.reason,
             "objectives": names,
-            "objectives_reason": "as requested" if spec.objectives else _why_these(rows),
+            "objectives_reason": _why_these(spec, rows),
             "weights": {name: round_to(one) for name, one in zip(names, mixture.weights.tolist(), strict=True)},
             "cosines": {pair: value for pair, value in cosines.items() if value is not None},
             "held_out": built.held_out,
@@ -154,9 +159,20 @@ def make_gradient_report(
         },
         shards=shards,
         objectives=[
-            ObjectiveReport(type=name, gradient_norm=round_to(norm), weight=round_to(weight), noise_scale=noise)
-            for name, norm, weight, noise in zip(
-                names, mixture.norms.tolist(), mixture.weights.tolist(), built.noise_scales, strict=True
+            ObjectiveReport(
+                type=objective.type,
+                dataset_id=spec.training[name.removesuffix(objective.type)].dataset_id if spec.datasets else None,
+                gradient_norm=round_to(norm),
+                weight=round_to(weight),
+                noise_scale=noise,
+            )
+            for objective, name, norm, weight, noise in zip(
+                built.objectives,
+                names,
+                mixture.norms.tolist(),
+                mixture.weights.tolist(),
+                built.noise_scales,
+                strict=True,
             )
         ],
         calibration=_first_calibration(built),
@@ -175,7 +191,14 @@ def make_gradient_report(
     )
 
 
-def _why_these(rows: Intake) -> str:
+def _why_these(spec: InitializationSpec, rows: Intake) -> str:
+    asked = [dataset.objectives is not None for dataset in spec.training.values()]
+    if all(asked):
+        return "as requested"
+    if any(asked):
+        return "as requested, and where nothing is, all that the rows allow"
+    if spec.datasets is not None:
+        return "all that the rows of each dataset allow"
     if rows.supervision is Supervision.COMPLETION:
         return "rows without rejected completions or labels allow no other"
     return "all that the rows allow"
@@ -210,10 +233,9 @@ def _calibration_report(calibration: Calibration, *, folds: int, rows: int) -> C
 def _rounds_report(built: BuiltAdapter) -> RoundsReport | None:
     if built.further is None:
         return None
-    names = [objective.type for objective in built.objectives]
 
     def named(values: Tensor) -> dict[str, float]:
-        return {name: round_to(value) for name, value in zip(names, values.tolist(), strict=True)}
+        return {name: round_to(value) for name, value in zip(built.names, values.tolist(), strict=True)}
 
     return RoundsReport(
         rounds=[

@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,6 +53,17 @@ class RealWork:
             on_progress=on_progress,
             load=self._load,
             may_split=self.may_split,
+        )
+
+    def initialize_jointly(
+        self, spec: InitializationSpec, datasets: Sequence[DatasetFile], out: Path, on_progress: OnProgress
+    ) -> Result:
+        """See `worker.units.Work`."""
+        on_progress(Phase.LOADING, 0, 1)
+        from worker.joint_initialization import initialize_jointly  # noqa: PLC0415  # seconds of imports
+
+        return initialize_jointly(
+            spec, datasets, out=out, settings=self.settings, on_progress=on_progress, load=self._load
         )
 
     def run_shard(

@@ -1,5 +1,7 @@
 """How far a phase is, told at least once per batch."""
 
+from collections.abc import Sequence
+
 from d2lora.initializations import Phase
 from worker.units import OnProgress
 
@@ -20,3 +22,17 @@ class PhaseCounter:
     def up_to(self, done: int) -> None:
         """Count what was not needed as done."""
         self(max(0, done - self._done))
+
+
+def shares(totals: Sequence[int], on_progress: OnProgress) -> list[OnProgress]:
+    """Return what the parts of a phase report to, whose own totals are these; their sum is passed on."""
+    done = [0] * len(totals)
+
+    def share(index: int) -> OnProgress:
+        def report(phase: Phase, own: int, _total: int) -> None:
+            done[index] = own
+            on_progress(phase, sum(done), sum(totals))
+
+        return report
+
+    return [share(index) for index in range(len(totals))]

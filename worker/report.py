@@ -24,12 +24,25 @@ class ObjectiveReport(Frozen):
     """One objective that took part."""
 
     type: str
+    dataset_id: str | None = None
+    """Whose rows it is of, where there are several datasets."""
     gradient_norm: float
     """Frobenius norm over all target layers, of the mean loss over all rows."""
     weight: float
     """Of the gradient divided by its norm; the weights sum to 1."""
     noise_scale: float | None
     """Rows at which the gradient's noise equals its size (arXiv:1812.06162); null when these rows cannot tell."""
+
+
+class DatasetReport(Frozen):
+    """One of several datasets that the adapter is made from; their order is that of the names ``datasets[0]``, ..."""
+
+    dataset_id: str
+    sha256: str
+    """Of its file."""
+    rows: dict[str, int]
+    """Read, used, truncated, and dropped by reason."""
+    mean_tokens: dict[str, float]
 
 
 class LayerReport(Frozen):
@@ -147,6 +160,9 @@ class Report(Frozen):
     """Commit of a hub model, or sha256 over the weight files."""
     base_license: str
     dataset_sha256: str
+    """Of the dataset's file; with several datasets, of their digests in hexadecimal, one a line."""
+    datasets: list[DatasetReport] | None = None
+    """Where the adapter is made from several; ``rows`` and ``mean_tokens`` of the report are then those of all."""
     extra_dataset_sha256: dict[Role, str]
     """Of all other datasets of the request, by what they are for."""
     spec: InitializationSpec

@@ -107,8 +107,12 @@ class Runner:
         return self._do_whole(claim, files, watch)
 
     def _do_whole(self, claim: Claim, files: Files, watch: Watch) -> str:
-        dataset, extras = files.dataset(claim.dataset), files.extras(claim)
-        done = self.work.initialize(claim.spec, dataset, extras, files.directory, watch.progress)
+        datasets, extras = [files.dataset(stored) for stored in claim.datasets], files.extras(claim)
+        done: Result | Split
+        if len(datasets) > 1:
+            done = self.work.initialize_jointly(claim.spec, datasets, files.directory, watch.progress)
+        else:
+            done = self.work.initialize(claim.spec, datasets[0], extras, files.directory, watch.progress)
         if not isinstance(done, Split):
             return self._publish(claim, done, files, watch)
         with self._unless_lost(split_prefix(claim)) as settled:

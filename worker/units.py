@@ -72,6 +72,11 @@ class Work(Protocol):
         ``extras`` are the further datasets that the request names.
         """
 
+    def initialize_jointly(
+        self, spec: InitializationSpec, datasets: Sequence[DatasetFile], out: Path, on_progress: OnProgress
+    ) -> Result:
+        """Write the files of the one adapter for several datasets into a directory."""
+
     def run_shard(
         self, spec: InitializationSpec, task: ShardTask, directory: Path, on_progress: OnProgress
     ) -> ShardOutput:

@@ -110,10 +110,29 @@ def test_a_claim_carries_every_other_dataset_by_its_role(store, spec, role):
 
     held = claim(store)
 
-    assert held.dataset.key == "t/acme/datasets/ds_1"
+    assert [one.key for one in held.datasets] == ["t/acme/datasets/ds_1"]
     assert {role: (one.key, one.dataset.id) for role, one in held.extras.items()} == {
         role: ("t/acme/datasets/ds_2", "ds_2")
     }
+
+
+def test_a_claim_carries_all_datasets_that_the_adapter_is_made_from_in_order(store, spec):
+    add_dataset(store, dataset_id="ds_2", content=b"more rows")
+    add_dataset(store, tenant="other", dataset_id="ds_3")
+
+    def naming_all(*ids):
+        datasets = [{"dataset_id": dataset_id} for dataset_id in ids]
+        return InitializationSpec.model_validate({"base_model": "m", "datasets": datasets})
+
+    for unknown in ("ds_none", "ds_3"):
+        with pytest.raises(NotFound, match=unknown):
+            store.create("acme", naming_all("ds_1", unknown))
+    store.create("acme", naming_all("ds_2", "ds_1"))
+
+    held = claim(store)
+
+    assert [one.key for one in held.datasets] == ["t/acme/datasets/ds_2", "t/acme/datasets/ds_1"]
+    assert held.spec == naming_all("ds_2", "ds_1")
 
 
 def test_a_claim_runs_the_oldest_job_and_carries_what_it_needs(store, spec):
@@ -122,7 +141,8 @@ def test_a_claim_runs_the_oldest_job_and_carries_what_it_needs(store, spec):
 
     held = claim(store)
 
-    assert (held.id, held.attempt, held.spec, held.dataset.key) == (first.id, 1, spec, "t/acme/datasets/ds_1")
+    assert (held.id, held.attempt, held.spec) == (first.id, 1, spec)
+    assert [one.key for one in held.datasets] == ["t/acme/datasets/ds_1"]
     job = store.get("acme", first.id)
     assert (job.state, job.attempt) == (State.RUNNING, 1)
     assert job.started_at is not None
@@ -356,7 +376,7 @@ def test_a_stored_request_leaves_out_the_options_that_are_off(store, spec):
             select(InitializationRow.__table__.c.spec).where(InitializationRow.__table__.c.id == job.id)
         ).scalar_one()
     # A worker of an earlier version would refuse the job for a field that it does not know.
-    assert {"rounds", "whitening", "retain_dataset_id", "second_pass_above"}.isdisjoint(stored)
+    assert {"rounds", "whitening", "retain_dataset_id", "second_pass_above", "datasets"}.isdisjoint(stored)
     assert InitializationSpec.model_validate(stored) == spec
 
 

@@ -63,6 +63,22 @@ def test_pefts_own_start_comes_out_of_the_same_service(up, tiny_model, rows, tmp
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
+def test_two_datasets_go_in_and_one_adapter_with_figures_for_both_comes_out(up, tiny_model, rows):
+    with up.client() as client:
+        ids = [client.upload_dataset(rows(count)).id for count in (12, 16)]
+        asked = [
+            {"dataset_id": dataset_id, "objectives": [{"type": kind}]}
+            for dataset_id, kind in zip(ids, ("sft", "dpo"), strict=True)
+        ]
+        spec = InitializationSpec.model_validate({"base_model": tiny_model, "datasets": asked, "lora": {"r": 2}})
+        done = client.wait(client.submit(spec).id, poll=0.05, timeout=300)
+
+    assert done.state is State.SUCCEEDED, done.error
+    assert [one.dataset_id for one in done.spec.datasets] == ids
+    held_out = done.result.summary.held_out
+    assert (held_out["datasets[0].sft"].rows, held_out["datasets[1].dpo"].rows) == (12, 16)
+
+
 def test_a_killed_worker_is_started_again_and_its_job_is_finished_once(up, tiny_model, rows):
     with up.client() as client:
         job = submit(client, tiny_model, rows(400), max_tokens_per_batch=64)

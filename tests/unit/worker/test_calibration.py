@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from d2lora.initializations import Dpo, Sft
-from worker.calibration import Change, Trial, failed_trial, first_step, line_search, trial
+from worker.calibration import Change, Trial, failed_trial, first_step, line_search, together, trial
 from worker.objectives import Scores
 
 
@@ -94,3 +94,15 @@ def test_the_first_step_is_where_the_slope_alone_would_halve_the_loss():
     eta = first_step([2.0, 1.0], torch.tensor([0.5, 0.5]).double(), slope=0.25)
 
     assert 0.25 * eta == pytest.approx(0.5 * (0.5 * 2.0 + 0.5 * 1.0))
+
+
+def test_trials_on_independent_rows_add_their_means_and_their_squared_errors():
+    first = Trial(0.5, Change(-4.0, 3.0), {"a.sft": Change(-1.0, 0.5)}, {"a.nll": Change(-1.0, 0.5)})
+    second = Trial(0.5, Change(-0.5, 4.0), {"b.dpo": Change(0.2, 0.1)}, {"b.nll": Change(0.0, 0.0)})
+
+    both = together([first, second])
+
+    assert (both.combined, both.falls) == (Change(-4.5, 5.0), False)
+    assert (list(both.objectives), list(both.nll), both.risen) == (["a.sft", "b.dpo"], ["a.nll", "b.nll"], ["b.dpo"])
+    assert together([first]) == first
+    assert together([first, failed_trial(0.5, [Sft()], "b.")]).combined.mean == float("inf")

@@ -128,6 +128,7 @@ class FakeWork:
     """Does every kind of unit by a function."""
 
     initialize: Callable = never
+    initialize_jointly: Callable = never
     run_shard: Callable = never
     finish: Callable = never
 
@@ -170,6 +171,24 @@ def test_the_work_gets_every_other_dataset_as_a_file(store, storage, tmp_path, r
     run(store, storage, build)
 
     assert seen == {role: b'{"text": "another"}\n'}
+
+
+def test_the_work_gets_all_datasets_of_a_joint_job_in_order(store, storage, tmp_path):
+    add_dataset(store, storage, tmp_path, "ds_1", ROWS)
+    add_dataset(store, storage, tmp_path, "ds_2", b'{"text": "another"}\n')
+    named = [{"dataset_id": "ds_2"}, {"dataset_id": "ds_1"}]
+    job, _ = store.create("acme", InitializationSpec.model_validate({"base_model": "m", "datasets": named}))
+    seen = []
+
+    def build(spec, datasets, out, on_progress):
+        seen.extend(file.path.read_bytes() for file in datasets)
+        return write_result(out)
+
+    work = FakeWork(initialize_jointly=build)
+    Runner(store.leases, storage, work, SETTINGS, worker="w", stop=threading.Event()).run_next()
+
+    assert seen == [b'{"text": "another"}\n', ROWS]
+    assert store.get("acme", job.id).state is State.SUCCEEDED
 
 
 def test_without_a_job_nothing_is_done(store, storage):

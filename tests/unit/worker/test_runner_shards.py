@@ -34,6 +34,9 @@ class ShardedWork:
             shards.append((StatisticsTask(rows=1, tokens=1), path))
         return Split(plan, shards)
 
+    def initialize_jointly(self, spec, datasets, out, on_progress):
+        raise AssertionError("such a job is never cut")
+
     def run_shard(self, spec, task, directory, on_progress):
         on_progress(Phase.STATISTICS, 0, 1)
         if self.on_shard is not None:

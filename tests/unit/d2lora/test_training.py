@@ -1,0 +1,105 @@
+"""Requests that name several datasets."""
+
+import json
+
+import pytest
+import typer
+from pydantic import ValidationError
+
+from d2lora.initializations import Dpo, InitializationSpec, Sft, TrainingDataset
+from d2lora.options import build_spec
+from d2lora.roles import without_dataset_ids
+from tests.unit.d2lora.test_cli import options
+
+TWO = [{"dataset_id": "ds_1", "objectives": [{"type": "sft"}]}, {"dataset_id": "ds_2"}]
+
+
+def request(**changes):
+    return InitializationSpec.model_validate({"base_model": "m", "datasets": TWO, **changes})
+
+
+def test_one_dataset_is_all_that_an_adapter_is_made_from():
+    spec = InitializationSpec(base_model="m", dataset_id="ds_1", objectives=[Sft()])
+
+    assert spec.training == {"": TrainingDataset(dataset_id="ds_1", objectives=[Sft()])}
+
+
+def test_several_datasets_have_places_and_objectives_of_their_own():
+    assert request().training == {
+        "datasets[0].": TrainingDataset(dataset_id="ds_1", objectives=[Sft()]),
+        "datasets[1].": TrainingDataset(dataset_id="ds_2"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dataset_id": "ds_1"}, "dataset_id: name one dataset here, or several in datasets"),
+        ({"datasets": None}, "dataset_id: name one dataset here, or several in datasets"),
+        ({"datasets": TWO[:1]}, "at least 2 items"),
+        ({"datasets": [{"dataset_id": f"ds_{number}"} for number in range(9)]}, "at most 8 items"),
+        ({"datasets": [TWO[0], TWO[0]]}, r"datasets\[1\]\.dataset_id: each dataset may appear once"),
+        (
+            {"datasets": [TWO[0], {"dataset_id": "ds_2", "objectives": [{"type": "dpo"}, {"type": "dpo", "beta": 1}]}]},
+            r"datasets\[1\]\.objectives: each type may appear once",
+        ),
+        ({"datasets": [TWO[0], {"dataset_id": "ds_2", "weight": 2}]}, "Extra inputs are not permitted"),
+        ({"objectives": [{"type": "sft"}]}, "objectives: not offered together with datasets"),
+        ({"eval_dataset_id": "e"}, "eval_dataset_id: not offered together with datasets"),
+        ({"retain_dataset_id": "g"}, "retain_dataset_id: not offered together with datasets"),
+        ({"whitening": {}}, "whitening: not offered together with datasets"),
+        ({"second_pass_above": 0.5}, "second_pass_above: not offered together with datasets"),
+        ({"rounds": 2}, "rounds: not offered together with datasets"),
+        ({"method": "pissa"}, "datasets: not used by method pissa"),
+        ({"method": {"type": "warmup", "warmup_dataset_id": "g", "from": "gradient"}}, "datasets: not used by method"),
+        ({"combination": {"type": "fixed", "weights": [1, 1]}}, "one weight per entry of objectives"),
+    ],
+)
+def test_what_makes_no_sense_with_several_datasets_is_refused(changes, said):
+    with pytest.raises(ValidationError, match=said):
+        request(**changes)
+
+
+def test_fixed_weights_are_those_of_all_datasets_objectives_in_order():
+    datasets = [TWO[0], {"dataset_id": "ds_2", "objectives": [{"type": "sft"}, {"type": "dpo"}]}]
+
+    spec = request(datasets=datasets, combination={"type": "fixed", "weights": [1, 2, 3]})
+
+    assert [one.type for dataset in spec.training.values() for one in dataset.objectives] == ["sft", "sft", "dpo"]
+
+
+def test_ids_are_no_part_of_what_decides_the_adapter_and_objectives_are():
+    def decisive(spec):
+        return without_dataset_ids(spec.model_dump())
+
+    others = [{**one, "dataset_id": one["dataset_id"] + "0"} for one in TWO]
+
+    assert decisive(request()) == decisive(request(datasets=others))
+    assert decisive(request()) != decisive(request(datasets=TWO[::-1]))
+    assert "datasets" not in decisive(InitializationSpec(base_model="m", dataset_id="ds_1"))
+
+
+def test_files_and_numbered_objectives_become_datasets():
+    given = options(objective=["sft", "1.dpo:beta=0.3", "1.sft"])
+
+    spec = build_spec("m", "ds_1", given, further=["ds_2", "ds_3"])
+
+    assert spec.dataset_id is None
+    assert spec.datasets == [
+        TrainingDataset(dataset_id="ds_1", objectives=[Sft()]),
+        TrainingDataset(dataset_id="ds_2", objectives=[Dpo(beta=0.3), Sft()]),
+        TrainingDataset(dataset_id="ds_3"),
+    ]
+    with pytest.raises(typer.BadParameter, match=r"--objective 3\.sft: there are 3 datasets"):
+        build_spec("m", "ds_1", options(objective=["3.sft"]), further=["ds_2", "ds_3"])
+
+
+def test_a_file_may_describe_the_datasets_and_options_win_over_it(tmp_path):
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps({"datasets": [{"objectives": [{"type": "sft"}]}, {"objectives": [{"type": "orpo"}]}]}))
+
+    spec = build_spec("m", "ds_1", options(spec=path, objective=["1.dpo"]), further=["ds_2"])
+
+    assert [dataset.objectives for dataset in spec.training.values()] == [[Sft()], [Dpo()]]
+    with pytest.raises(typer.BadParameter, match="datasets has 2 entries, and 3 files"):
+        build_spec("m", "ds_1", options(spec=path), further=["ds_2", "ds_3"])

@@ -1,0 +1,75 @@
+import pytest
+
+from tests.unit.service.test_api import PAIR, problem_of
+
+
+def submit(client, *datasets):
+    request = {"base_model": "allowed/model", "datasets": list(datasets)}
+    return client.post("/v1/initializations", json=request)
+
+
+def test_a_request_of_several_datasets_becomes_a_job(upload, client):
+    plain, pairs = upload(PAIR).json()["id"], upload().json()["id"]
+    asked = [
+        {"dataset_id": plain, "objectives": [{"type": "sft"}]},
+        {"dataset_id": pairs, "objectives": [{"type": "dpo", "beta": 0.2}]},
+    ]
+
+    response = submit(client, *asked)
+
+    assert response.status_code == 202
+    spec = client.get(response.headers["location"]).json()["spec"]
+    assert spec["dataset_id"] is None
+    assert [one["dataset_id"] for one in spec["datasets"]] == [plain, pairs]
+    assert spec["datasets"][1]["objectives"][0]["beta"] == 0.2
+
+
+def test_an_unknown_dataset_and_an_objective_that_its_rows_do_not_allow_are_pointed_at(upload, client):
+    plain, pairs = upload(PAIR).json()["id"], upload().json()["id"]
+
+    unknown = submit(client, {"dataset_id": pairs}, {"dataset_id": "ds_none"})
+    impossible = submit(
+        client, {"dataset_id": pairs}, {"dataset_id": plain, "objectives": [{"type": "sft"}, {"type": "dpo"}]}
+    )
+
+    problem = problem_of(unknown, 422, "request_invalid")
+    assert problem["errors"][0]["pointer"] == "#/datasets/1/dataset_id"
+    assert problem["detail"] == "datasets[1].dataset_id: there is no dataset 'ds_none'"
+    problem = problem_of(impossible, 422, "objective_unavailable")
+    assert problem["errors"][0]["pointer"] == "#/datasets/1/objectives/1"
+    assert "datasets[1].objectives: dpo needs rows with chosen and rejected completions" in problem["detail"]
+    assert client.get("/v1/initializations").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dataset_id": "ds_1"}, "name one dataset here, or several in datasets"),
+        ({"datasets": None}, "name one dataset here, or several in datasets"),
+        ({"rounds": 3}, "rounds: not offered together with datasets"),
+    ],
+)
+def test_exactly_one_way_to_name_the_rows_is_accepted(upload, client, changes, said):
+    datasets = [{"dataset_id": upload().json()["id"]}, {"dataset_id": upload(PAIR).json()["id"]}]
+
+    response = client.post("/v1/initializations", json={"base_model": "allowed/model", "datasets": datasets, **changes})
+
+    assert said in problem_of(response, 422, "request_invalid")["detail"]
+
+
+def test_a_repeated_key_knows_the_datasets_and_their_objectives(upload, client):
+    plain, pairs = upload(PAIR).json()["id"], upload().json()["id"]
+    key = {"idempotency-key": "k"}
+
+    def ask(*datasets):
+        request = {"base_model": "allowed/model", "datasets": list(datasets)}
+        return client.post("/v1/initializations", json=request, headers=key)
+
+    first = ask({"dataset_id": plain}, {"dataset_id": pairs})
+    again = ask({"dataset_id": plain}, {"dataset_id": pairs})
+    swapped = ask({"dataset_id": pairs}, {"dataset_id": plain})
+    narrowed = ask({"dataset_id": plain}, {"dataset_id": pairs, "objectives": [{"type": "orpo"}]})
+
+    assert again.json()["id"] == first.json()["id"]
+    for other in (swapped, narrowed):
+        problem_of(other, 422, "idempotency_mismatch")

@@ -1,0 +1,161 @@
+"""Several datasets, from files to files."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from d2lora.datasets import DatasetFile, Format
+from d2lora.errors import DatasetSyntaxInvalid, ObjectiveUnavailable, RequestInvalid, RowsTooLong
+from d2lora.initializations import InitializationSpec, LoraSpec
+from d2lora.settings import WorkerSettings
+from tests.support.models import tiny_llama, tiny_tokenizer
+from tests.unit.d2lora.test_cli import d2lora
+from worker.joint_initialization import initialize_jointly
+from worker.report import Report
+
+SFT, DPO = {"type": "sft"}, {"type": "dpo"}
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DatasetFile(path, Format.JSONL)
+
+
+@pytest.fixture
+def plain(tmp_path):
+    rows = [{"question": f"say {number}:", "completion": " yes yes"} for number in range(12)]
+    file = write(tmp_path / "plain.jsonl", rows)
+    return DatasetFile(file.path, file.format, {"prompt": "question"})
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    rows = [{"prompt": f"item {n}:", "chosen": " good good good", "rejected": f" bad {n}"} for n in range(16)]
+    return write(tmp_path / "pairs.jsonl", rows)
+
+
+def run(base_model, datasets, out, *, asked=((SFT,), (DPO,)), ids=("ds_1", "ds_2"), **changes):
+    named = [{"dataset_id": name, "objectives": one and list(one)} for name, one in zip(ids, asked, strict=True)]
+    spec = InitializationSpec.model_validate(
+        {"base_model": base_model, "datasets": named, "lora": LoraSpec(r=4), **changes}
+    )
+    out.mkdir()
+    return initialize_jointly(
+        spec, datasets, out=out, settings=WorkerSettings(device="cpu"), on_progress=lambda *_: None
+    )
+
+
+def logps(model, prompt, completion):
+    """The completion's summed log-probability."""
+    tokenizer = tiny_tokenizer()
+    start = len(tokenizer(prompt)["input_ids"])
+    ids = torch.tensor([tokenizer(f"{prompt}{completion}</s>")["input_ids"]])
+    with torch.no_grad():
+        every = torch.log_softmax(model(input_ids=ids).logits[0, :-1], -1)
+    return every.gather(1, ids[0, 1:, None])[start - 1 :].sum().item()
+
+
+def test_stock_peft_applies_the_one_adapter_which_serves_both_tasks_and_the_report_tells_them_apart(
+    base_model, plain, pairs, tmp_path
+):
+    result = run(base_model, [plain, pairs], tmp_path / "out")
+
+    base = AutoModelForCausalLM.from_pretrained(base_model)
+    model = PeftModel.from_pretrained(base, str(tmp_path / "out"))
+    imitated = logps(model, "say 77:", " yes yes")
+    margin = logps(model, "item 77:", " good good good") - logps(model, "item 77:", " bad 77")
+    with model.disable_adapter():
+        assert imitated > logps(model, "say 77:", " yes yes")
+        assert margin > logps(model, "item 77:", " good good good") - logps(model, "item 77:", " bad 77")
+    report = Report.model_validate_json((tmp_path / "out" / "report.json").read_text())
+    summary, names = report.summary, ["datasets[0].sft", "datasets[1].dpo"]
+    assert (summary.start, summary.objectives, summary.objectives_reason) == ("calibrated", names, "as requested")
+    assert summary == result.summary
+    assert list(summary.weights) == names
+    assert list(summary.cosines) == ["datasets[0].sft,datasets[1].dpo"]
+    assert {name: one.rows for name, one in summary.held_out.items()} == {
+        "datasets[0].nll": 12,
+        "datasets[0].sft": 12,
+        "datasets[1].nll": 16,
+        "datasets[1].dpo": 16,
+    }
+    assert all(summary.held_out[name].adapter < summary.held_out[name].base for name in names)
+    assert [(one.dataset_id, one.type) for one in report.objectives] == [("ds_1", "sft"), ("ds_2", "dpo")]
+    assert all(list(trial.changes) == names for trial in report.calibration.trials)
+    assert all(list(layer.gradient_norms) == names for layer in report.layers.values())
+    digests = [hashlib.sha256(file.path.read_bytes()).hexdigest() for file in (plain, pairs)]
+    assert [(one.dataset_id, one.sha256) for one in report.datasets] == list(
+        zip(("ds_1", "ds_2"), digests, strict=True)
+    )
+    assert report.dataset_sha256 == hashlib.sha256("".join(f"{one}\n" for one in digests).encode()).hexdigest()
+    assert [one.rows["used"] for one in report.datasets] == [12, 16]
+    assert (summary.rows_used, report.rows["read"], report.shards) == (28, 28, 1)
+    assert report.mean_tokens.keys() == {"datasets[0].chosen", "datasets[1].chosen", "datasets[1].rejected"}
+    assert (
+        "from gradient statistics of datasets[0].sft, datasets[1].dpo on 28 rows"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
+    assert not list((tmp_path / "out").glob(".statistics-*"))
+
+
+def test_all_that_the_rows_of_each_dataset_allow_is_the_default(base_model, plain, pairs, tmp_path):
+    every = run(base_model, [plain, pairs], tmp_path / "a", asked=(None, None), start="zero").summary
+    some = run(base_model, [plain, pairs], tmp_path / "b", asked=(None, (DPO,)), start="zero").summary
+
+    assert every.objectives == ["datasets[0].sft", "datasets[1].sft", "datasets[1].dpo", "datasets[1].orpo"]
+    assert every.objectives_reason == "all that the rows of each dataset allow"
+    assert some.objectives == ["datasets[0].sft", "datasets[1].dpo"]
+    assert some.objectives_reason == "as requested, and where nothing is, all that the rows allow"
+
+
+def test_equal_requests_have_equal_fingerprints_whatever_the_datasets_are_called(base_model, plain, pairs, tmp_path):
+    def fingerprint(name, datasets=(plain, pairs), **changes):
+        return run(base_model, list(datasets), tmp_path / name, start="zero", **changes).summary.fingerprint
+
+    first = fingerprint("a")
+
+    assert fingerprint("b", ids=("ds_8", "ds_9")) == first
+    unmapped = write(tmp_path / "same.jsonl", [{"prompt": "say:", "completion": " yes"}])
+    others = [fingerprint("c", asked=((SFT,), (SFT,))), fingerprint("d", datasets=(unmapped, pairs))]
+    assert len({first, *others}) == 3
+
+
+def test_what_is_wrong_with_a_dataset_is_said_with_its_place(base_model, plain, pairs, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a", "completion": "b"}\n{"prompt":\n')
+
+    with pytest.raises(DatasetSyntaxInvalid, match=r"^datasets\[1\]: row 2"):
+        run(base_model, [plain, DatasetFile(broken, Format.JSONL)], tmp_path / "a", asked=((SFT,), (SFT,)))
+    with pytest.raises(ObjectiveUnavailable, match=r"^datasets\[0\]: objectives: dpo needs rows with"):
+        run(base_model, [plain, pairs], tmp_path / "b", asked=((DPO,), (DPO,)))
+    with pytest.raises(RowsTooLong, match=r"^datasets\[0\]: no row of 12 is left at max_length 2"):
+        run(base_model, [plain, pairs], tmp_path / "c", max_length=2)
+    with pytest.raises(RequestInvalid, match="the request names 2, and 1 were given"):
+        run(base_model, [plain], tmp_path / "d")
+    assert not any((tmp_path / name / "manifest.json").exists() for name in "abcd")
+
+
+def test_the_command_line_builds_one_adapter_from_several_files(base_model, plain, pairs, tmp_path):
+    arguments = ["init", base_model, plain.path, "--dataset", pairs.path, "--column", "prompt=question"]
+    chosen = ["--objective", "sft", "--objective", "1.dpo:beta=0.2", "--r", "2", "--dtype", "float32"]
+
+    done = d2lora(*arguments, *chosen, "--out", "out", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert "cos(datasets[0].sft,datasets[1].dpo)" in done.stdout
+    assert "held out, cross-validated: datasets[1].dpo" in done.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["spec"]["datasets"][1]["objectives"][0]["beta"] == 0.2
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

@@ -1,0 +1,104 @@
+"""One adapter from several datasets, each with its own objectives (docs/method.md, several datasets).
+
+Every dataset is gathered on its own, with its own bases and normalizers, and dealt into the same number of folds. From
+then on their bases lie side by side (`worker/side_by_side.py`), and what combines the objectives of one dataset
+combines those of all.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from d2lora.initializations import InitializationSpec
+from d2lora.settings import WorkerSettings
+from worker.batches import distinct_rows, make_batches
+from worker.calibration import EVALUATIONS, alone
+from worker.data import Example, needed
+from worker.directions import Pass
+from worker.gathering import FOLDS, gather_statistics, tokens_per_batch
+from worker.models import BaseModel
+from worker.objectives import bases_of, resolve_objectives
+from worker.pipeline import BuiltAdapter, adapter_from, pass_of
+from worker.progress import shares
+from worker.units import OnProgress
+
+
+def build_joint_adapter(
+    base: BaseModel,
+    targets: Mapping[str, nn.Module],
+    spec: InitializationSpec,
+    datasets: Sequence[Sequence[Example]],
+    *,
+    settings: WorkerSettings,
+    directory: Path,
+    on_progress: OnProgress,
+) -> BuiltAdapter:
+    """Return the adapter for the rows of all datasets, which come in the order of the request.
+
+    Raises:
+        ObjectiveUnavailable: an objective needs what its dataset's rows do not have.
+        NumericalFailure: a number is not finite, or the objectives cancel.
+        OutOfMemory: a single row does not fit.
+    """
+    objectives = [
+        resolve_objectives(asked.objectives, rows[0].supervision)
+        for asked, rows in zip(spec.training.values(), datasets, strict=True)
+    ]
+    examples = [needed(rows, own) for rows, own in zip(datasets, objectives, strict=True)]
+    batches = [
+        make_batches(rows, folds, max_tokens=tokens_per_batch(base, spec, settings), pad_token_id=base.pad_token_id)
+        for rows, folds in zip(examples, deal_folds(examples, seed=spec.seed), strict=True)
+    ]
+    passes: list[Pass] = []
+    reports = shares([len(rows) for rows in examples], on_progress)
+    for place, asked, own, report in zip(spec.training, objectives, batches, reports, strict=True):
+        below = directory / f"dataset-{len(passes)}"
+        below.mkdir()
+        bases = bases_of(asked)
+        gathered = gather_statistics(
+            base, targets, spec, own, bases, settings=settings, directory=below, on_progress=report
+        )
+        passes.append(pass_of(base, spec, asked, own, gathered, place=place))
+    reports = shares([EVALUATIONS * sum(map(len, one.held)) for one in passes], on_progress)
+    evaluators = [alone(base, targets, one.objectives, report) for one, report in zip(passes, reports, strict=True)]
+    return adapter_from(passes, spec, evaluators=evaluators, on_progress=on_progress)
+
+
+def deal_folds(datasets: Sequence[Sequence[Example]], *, seed: int) -> list[list[int]]:
+    """Return every example's fold, dataset by dataset: as many folds as leave each dataset rows of every label in each.
+
+    Rows with equal chosen sequences share a fold, across datasets too, so that none is held out from its own copy; the
+    others are dealt evenly, in an order that depends on seed and content.
+    """
+    most = min(FOLDS, *(distinct_rows(examples) for examples in datasets))
+    for folds in range(most, 1, -1):
+        dealt = _dealt(datasets, folds, seed)
+        if all(_everywhere(examples, own, folds) for examples, own in zip(datasets, dealt, strict=True)):
+            return dealt
+    return [[0] * len(examples) for examples in datasets]
+
+
+def _dealt(datasets: Sequence[Sequence[Example]], folds: int, seed: int) -> list[list[int]]:
+    fold_of: dict[str, int] = {}
+    for examples in datasets:
+        for label in (None, True, False):
+            own = {_content(example, seed) for example in examples if example.desirable is label}
+            load = [sum(fold_of.get(content) == fold for content in own) for fold in range(folds)]
+            for content in sorted(own - fold_of.keys()):
+                fold_of[content] = load.index(min(load))
+                load[fold_of[content]] += 1
+    return [[fold_of[_content(example, seed)] for example in examples] for examples in datasets]
+
+
+def _everywhere(examples: Sequence[Example], dealt: Sequence[int], folds: int) -> bool:
+    labels = {example.desirable for example in examples}
+    found = {(example.desirable, fold) for example, fold in zip(examples, dealt, strict=True)}
+    return len(found) == len(labels) * folds
+
+
+def _content(example: Example, seed: int) -> str:
+    """Return a digest of the seed and the chosen sequence."""
+    chosen = (example.chosen.input_ids, example.chosen.completion_mask)
+    return hashlib.sha256(f"{seed}:{chosen}".encode()).hexdigest()
