@@ -7,7 +7,7 @@ Shape legend
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -76,21 +76,22 @@ def calibrated_step(direction: Direction, *, eta: float, scaling: float) -> dict
 @contextmanager
 def adapted(modules: Mapping[str, nn.Module], factors: Mapping[str, Factors], *, scaling: float) -> Iterator[None]:
     """Add ``s B A x`` to the outputs of the layers while the block runs; the weights stay as they are."""
-
-    def hook_for(layer: Factors) -> Any:
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            inputs = arguments[0]
-            down = inputs @ layer.lora_A.to(inputs).mT
-            return output + (down @ (scaling * layer.lora_B).to(inputs).mT)
-
-        return hook
-
-    handles = [modules[name].register_forward_hook(hook_for(layer)) for name, layer in factors.items()]
+    handles = [
+        modules[name].register_forward_hook(partial(_with_update, layer, scaling)) for name, layer in factors.items()
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _with_update(
+    layer: Factors, scaling: float, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    inputs = arguments[0]
+    down = inputs @ layer.lora_A.to(inputs).mT
+    return output + (down @ (scaling * layer.lora_B).to(inputs).mT)
 
 
 @dataclass(frozen=True)

@@ -77,12 +77,8 @@ class Scores:
     @staticmethod
     def concatenate(parts: Sequence["Scores"]) -> "Scores":
         """Return the rows of all parts, in order."""
-
-        def joined(name: str) -> Tensor | None:
-            values = [getattr(part, name) for part in parts]
-            return None if values[0] is None else torch.cat(values)
-
-        return Scores(**{name: joined(name) for name in Scores.__dataclass_fields__})  # type: ignore[arg-type]  # first two are never None
+        known = {name: [getattr(part, name) for part in parts] for name in parts[0].tensors()}
+        return Scores(**{name: torch.cat(values) for name, values in known.items()})
 
     def split(self, sizes: Sequence[int]) -> list["Scores"]:
         """Return runs of rows of these sizes, in order."""

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -137,21 +138,18 @@ class _Tap(torch.autograd.Function):
 @contextmanager
 def _recording(targets: Mapping[str, nn.Module], recorder: _Recorder) -> Iterator[None]:
     """Tap the outputs of the targets while the block runs."""
-
-    def tap(name: str) -> Callable[..., Tensor]:
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not isinstance(output, Tensor):  # a router's, for one
-                raise TargetUnsupported(f"lora.target_modules: {name!r} does not return a tensor; leave it out")
-            return _Tap.apply(output, arguments[0], lambda x, d: recorder.record(name, x, d))
-
-        return hook
-
-    handles = [module.register_forward_hook(tap(name)) for name, module in targets.items()]
+    handles = [module.register_forward_hook(partial(_tapped, recorder, name)) for name, module in targets.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _tapped(recorder: _Recorder, name: str, _module: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> Tensor:
+    if not isinstance(output, Tensor):  # a router's, for one
+        raise TargetUnsupported(f"lora.target_modules: {name!r} does not return a tensor; leave it out")
+    return _Tap.apply(output, arguments[0], partial(recorder.record, name))
 
 
 @contextmanager
