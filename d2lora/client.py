@@ -154,7 +154,9 @@ class Client:
         temporary = Path(tempfile.mkdtemp(dir=directory.absolute().parent, prefix=f".{directory.name}-"))
         try:
             for file in adapter.files:
-                self._download(file, temporary / Path(file.name).name)
+                path = _below(temporary, file.name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._download(file, path)
             _check_manifest(temporary)
             temporary.chmod(0o755)  # mkdtemp's is for the owner alone
             if directory.exists():
@@ -163,7 +165,7 @@ class Client:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        return [directory / file.name for file in adapter.files]
+        return [_below(directory, file.name) for file in adapter.files]
 
     def _download(self, file: AdapterFile, path: Path) -> None:
         digest, size = hashlib.sha256(), 0
@@ -224,10 +226,16 @@ def _error(response: httpx.Response) -> D2LoraError:
         return ServiceUnreachable(f"{response.url} answered {response.status_code} without a problem object")
 
 
+def _below(directory: Path, name: str) -> Path:
+    """Return where a file goes: its name may lead into a folder of the directory, and never out of it."""
+    steps = [Path(step).name for step in name.split("/")]
+    return directory.joinpath(*(step for step in steps if step not in {"", ".", ".."}))
+
+
 def _check_manifest(directory: Path) -> None:
     manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     for entry in manifest["files"]:
-        content = directory / Path(entry["name"]).name
+        content = _below(directory, entry["name"])
         if not content.is_file():
             raise ChecksumMismatch(f"{entry['name']} is in the manifest, but was not delivered; pull again")
         with content.open("rb") as file:

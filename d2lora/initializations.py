@@ -112,6 +112,9 @@ class InitializationSpec(Frozen):
         max_length=8,
         description="in place of dataset_id: several datasets, each with its objectives, for one adapter",
     )
+    adapters: Literal["per_dataset"] | None = Field(
+        default=None, description="with datasets: an adapter for each, from the same pass, in place of one for all"
+    )
     eval_dataset_id: str | None = Field(
         default=None, max_length=64, description="rows that only measure the delivered adapter"
     )
@@ -178,6 +181,10 @@ class InitializationSpec(Frozen):
             if together or self.rounds > 1:
                 names = ", ".join(sorted(together | ({"rounds"} if self.rounds > 1 else set())))
                 raise ValueError(f"{names}: not offered together with datasets")
+        if self.adapters is not None and self.datasets is None:
+            raise ValueError("adapters: a single dataset has one; it goes with datasets")
+        if self.adapters is not None and isinstance(self.combination, Fixed):
+            raise ValueError("combination: fixed weights are those of one adapter; leave out adapters")
         return self
 
     @model_validator(mode="after")
@@ -245,6 +252,7 @@ _FOR_ONE_DATASET = {"objectives", "eval_dataset_id", "retain_dataset_id", "white
 
 _GRADIENT_ONLY = {
     "datasets",
+    "adapters",
     "objectives",
     "combination",
     "whitening",

@@ -35,6 +35,9 @@ _OPTIONS: dict[str, Any] = {
             "1.dpo is for the rows of the first --dataset"
         ),
     ],
+    "adapters": Annotated[
+        str | None, typer.Option(help="per_dataset: with --dataset, an adapter for each (default: one for all)")
+    ],
     "whitening": Annotated[
         str | None, typer.Option(help="default, or power=0.5,damping=0.1: whiten gradients by their inputs")
     ],

@@ -125,7 +125,7 @@ def get_adapter(
 
 
 @router.get(
-    "/{initialization_id}/files/{name}",
+    "/{initialization_id}/files/{name:path}",
     operation_id="getFile",
     responses={
         **responses(NotFound, Conflict, StorageUnavailable),

@@ -274,6 +274,8 @@ def _mean_tokens(examples: Sequence[Example]) -> dict[str, float]:
 def fingerprint(spec: InitializationSpec, rows: Intake, *, base_identity: str, dtype: str) -> str:
     """Return the sha256 over all that decides the adapter; equal requests have equal fingerprints."""
     decisive = without_dataset_ids(spec.model_dump(exclude={"base_model", "revision", "metadata"}))
+    if spec.adapters is None:
+        decisive.pop("adapters", None)  # so that requests without it keep the fingerprint that they had before it
     content = {
         "spec": decisive,
         "base": base_identity,

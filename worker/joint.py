@@ -7,16 +7,21 @@ combines those of all.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from d2lora.initializations import InitializationSpec
 from d2lora.settings import WorkerSettings
 from worker.batches import distinct_rows, make_batches
 from worker.calibration import EVALUATIONS, alone
+from worker.combining import objective_gramian
 from worker.data import Example, needed
-from worker.directions import Pass
+from worker.directions import Pass, coefficients_of, names_of, statistics_of
+from worker.factors import inner_products
 from worker.gathering import FOLDS, gather_statistics, tokens_per_batch
 from worker.models import BaseModel
 from worker.objectives import bases_of, resolve_objectives
@@ -25,7 +30,19 @@ from worker.progress import shares
 from worker.units import OnProgress
 
 
-def build_joint_adapter(
+@dataclass(frozen=True)
+class Joint:
+    """What comes of several datasets."""
+
+    adapters: list[BuiltAdapter]
+    """One for all datasets, or one for each in their order."""
+    names: list[str]
+    """Of all datasets' objectives."""
+    cosines: Float[Tensor, "J J"]
+    """Between the gradients of all of these."""
+
+
+def build_jointly(
     base: BaseModel,
     targets: Mapping[str, nn.Module],
     spec: InitializationSpec,
@@ -34,36 +51,66 @@ def build_joint_adapter(
     settings: WorkerSettings,
     directory: Path,
     on_progress: OnProgress,
-) -> BuiltAdapter:
-    """Return the adapter for the rows of all datasets, which come in the order of the request.
+) -> Joint:
+    """Return the adapter for the rows of all datasets, which come in the order of the request, or that of each.
 
     Raises:
         ObjectiveUnavailable: an objective needs what its dataset's rows do not have.
         NumericalFailure: a number is not finite, or the objectives cancel.
         OutOfMemory: a single row does not fit.
     """
+    passes = _passes(base, targets, spec, datasets, settings=settings, directory=directory, on_progress=on_progress)
+    groups = [passes] if spec.adapters is None else [[one] for one in passes]
+    directing = shares([len(group[0].statistics) for group in groups], on_progress)
+    scoring = iter(shares([EVALUATIONS * sum(map(len, one.held)) for one in passes], on_progress))
+    adapters = [
+        adapter_from(
+            group,
+            spec,
+            evaluators=[alone(base, targets, one.objectives, next(scoring)) for one in group],
+            on_progress=report,
+        )
+        for group, report in zip(groups, directing, strict=True)
+    ]
+    if spec.adapters is None:
+        return Joint(adapters, adapters[0].names, adapters[0].mixture.cosines)
+    coefficients = coefficients_of(passes)
+    products = inner_products(statistics_of(passes), coefficients.shape[1])
+    gramian = objective_gramian(products.folds, coefficients, range(len(passes[0].statistics)))
+    norms = gramian.diagonal().sqrt()
+    return Joint(adapters, names_of(passes), (gramian / torch.outer(norms, norms)).clamp(-1.0, 1.0))
+
+
+def _passes(
+    base: BaseModel,
+    targets: Mapping[str, nn.Module],
+    spec: InitializationSpec,
+    datasets: Sequence[Sequence[Example]],
+    *,
+    settings: WorkerSettings,
+    directory: Path,
+    on_progress: OnProgress,
+) -> list[Pass]:
+    """Gather each dataset on its own."""
     objectives = [
         resolve_objectives(asked.objectives, rows[0].supervision)
         for asked, rows in zip(spec.training.values(), datasets, strict=True)
     ]
     examples = [needed(rows, own) for rows, own in zip(datasets, objectives, strict=True)]
-    batches = [
-        make_batches(rows, folds, max_tokens=tokens_per_batch(base, spec, settings), pad_token_id=base.pad_token_id)
-        for rows, folds in zip(examples, deal_folds(examples, seed=spec.seed), strict=True)
-    ]
-    passes: list[Pass] = []
     reports = shares([len(rows) for rows in examples], on_progress)
-    for place, asked, own, report in zip(spec.training, objectives, batches, reports, strict=True):
+    folds = deal_folds(examples, seed=spec.seed)
+    passes: list[Pass] = []
+    for place, asked, rows, dealt, report in zip(spec.training, objectives, examples, folds, reports, strict=True):
+        batches = make_batches(
+            rows, dealt, max_tokens=tokens_per_batch(base, spec, settings), pad_token_id=base.pad_token_id
+        )
         below = directory / f"dataset-{len(passes)}"
         below.mkdir()
-        bases = bases_of(asked)
         gathered = gather_statistics(
-            base, targets, spec, own, bases, settings=settings, directory=below, on_progress=report
+            base, targets, spec, batches, bases_of(asked), settings=settings, directory=below, on_progress=report
         )
-        passes.append(pass_of(base, spec, asked, own, gathered, place=place))
-    reports = shares([EVALUATIONS * sum(map(len, one.held)) for one in passes], on_progress)
-    evaluators = [alone(base, targets, one.objectives, report) for one, report in zip(passes, reports, strict=True)]
-    return adapter_from(passes, spec, evaluators=evaluators, on_progress=on_progress)
+        passes.append(pass_of(base, spec, asked, batches, gathered, place=place))
+    return passes
 
 
 def deal_folds(datasets: Sequence[Sequence[Example]], *, seed: int) -> list[list[int]]:

@@ -1,8 +1,6 @@
-"""An initialization from several datasets: read each, build one adapter, write."""
+"""An initialization from several datasets: read each, build one adapter or one for each, write."""
 
-import hashlib
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,16 +9,16 @@ from d2lora.errors import D2LoraError, RequestInvalid
 from d2lora.initializations import InitializationSpec, Phase, Result
 from d2lora.settings import WorkerSettings
 from worker import models
-from worker.adapters import write_adapter
+from worker.adapters import write_adapter, write_collection
 from worker.clock import Clock
 from worker.data import Encoded, encode_rows
-from worker.evidence import Intake, intake, make_gradient_report
+from worker.evidence import Intake, intake
 from worker.failures import translated_errors
-from worker.joint import build_joint_adapter
+from worker.joint import build_jointly
+from worker.joint_evidence import collection_report, folders_of, joint_report, own_reports
 from worker.left_out import in_words
 from worker.model_cache import Loader
 from worker.objectives import resolve_objectives
-from worker.report import DatasetReport
 from worker.shard_files import sha256
 from worker.subject import length_limit, load_subject
 from worker.units import OnProgress
@@ -65,7 +63,7 @@ def initialize_jointly(
         clock(Phase.READING, len(every), len(datasets))
     # Inside of `out`, so that whoever cleans up after a killed process finds these too.
     with tempfile.TemporaryDirectory(prefix=".statistics-", dir=out) as directory:
-        built = build_joint_adapter(
+        joint = build_jointly(
             base,
             subject.targets,
             spec,
@@ -75,38 +73,16 @@ def initialize_jointly(
             on_progress=clock,
         )
     clock(Phase.PUBLISHING, 0, 1)
-    together = all_rows(spec, rows, warnings=warnings)
-    report = make_gradient_report(subject, spec, together, built, None, shards=1, seconds=clock.seconds())
-    report = report.model_copy(update={"datasets": _dataset_reports(spec, rows)})
-    files = write_adapter(out, config=subject.config, factors=built.factors, report=report)
+    if spec.adapters is None:
+        (built,) = joint.adapters
+        report = joint_report(subject, spec, rows, built, warnings=warnings, seconds=clock.seconds())
+        files = write_adapter(out, config=subject.config, factors=built.factors, report=report)
+    else:
+        reports = own_reports(subject, spec, rows, joint.adapters, warnings=warnings, seconds=clock.seconds())
+        report = collection_report(subject, spec, rows, joint, reports, warnings=warnings, seconds=clock.seconds())
+        folders = {}
+        for folder, built, own in zip(folders_of(spec), joint.adapters, reports, strict=True):
+            (out / folder).mkdir()
+            folders[folder] = write_adapter(out / folder, config=subject.config, factors=built.factors, report=own)
+        files = write_collection(out, report, folders)
     return Result(files=files, summary=report.summary)
-
-
-def all_rows(spec: InitializationSpec, parts: Sequence[Intake], *, warnings: list[str]) -> Intake:
-    """Return what became of the rows of all datasets together."""
-    dropped: Counter[str] = Counter()
-    for one in parts:
-        dropped.update(one.dropped)
-    return Intake(
-        sha256=hashlib.sha256("".join(f"{one.sha256}\n" for one in parts).encode()).hexdigest(),
-        extras={},
-        columns={place: columns for one in parts for place, columns in one.columns.items()},
-        read=sum(one.read for one in parts),
-        used=sum(one.used for one in parts),
-        truncated=sum(one.truncated for one in parts),
-        dropped=dict(dropped),
-        supervision=parts[0].supervision,
-        mean_tokens={
-            f"{place}{side}": mean
-            for place, one in zip(spec.training, parts, strict=True)
-            for side, mean in one.mean_tokens.items()
-        },
-        warnings=warnings,
-    )
-
-
-def _dataset_reports(spec: InitializationSpec, parts: Sequence[Intake]) -> list[DatasetReport]:
-    return [
-        DatasetReport(dataset_id=named.dataset_id, sha256=one.sha256, rows=one.counts, mean_tokens=one.mean_tokens)
-        for named, one in zip(spec.training.values(), parts, strict=True)
-    ]

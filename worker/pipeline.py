@@ -244,7 +244,7 @@ def adapter_from(
         folds=len(statistics),
         calibration=calibration,
         eta=eta,
-        reason=_reason(spec, calibration, datasets=len(passes)),
+        reason=_reason(spec, calibration, datasets=len(spec.training)),
         held_out=held_out(examined, accepted),
         leave_one_out=directions if spec.rounds > 1 else [],
         retained=retained,

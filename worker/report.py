@@ -163,6 +163,9 @@ class Report(Frozen):
     """Of the dataset's file; with several datasets, of their digests in hexadecimal, one a line."""
     datasets: list[DatasetReport] | None = None
     """Where the adapter is made from several; ``rows`` and ``mean_tokens`` of the report are then those of all."""
+    folders: dict[str, str] | None = None
+    """Where there is an adapter for each of several datasets: folder -> ID of its dataset. A folder has a report of its
+    own, and this one has what concerns all."""
     extra_dataset_sha256: dict[Role, str]
     """Of all other datasets of the request, by what they are for."""
     spec: InitializationSpec
@@ -270,8 +273,9 @@ def model_card(report: Report) -> str:
         made_from = "by a warm-up on general rows (D2LoRA, arXiv:2503.18089)"
     if report.peft is not None:
         made_from = f"by PEFT's {_method_name(report)}"
+    what = "A starting point" if report.folders is None else "Starting points, one for each of several datasets,"
     introduction = (
-        f"A starting point for LoRA fine-tuning of `{report.base_model}` (r = {spec.lora.r}, "
+        f"{what} for LoRA fine-tuning of `{report.base_model}` (r = {spec.lora.r}, "
         f"lora_alpha = {spec.lora.alpha:g}), made by d2lora {__version__} {made_from}. "
         "It loads on the unmodified base model."
     )
@@ -287,13 +291,7 @@ def model_card(report: Report) -> str:
         "",
         introduction,
         "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f'base = AutoModelForCausalLM.from_pretrained("{report.base_model}")',
-        'model = PeftModel.from_pretrained(base, "path/to/this/folder", is_trainable=True)',
-        "```",
+        *_loading(report),
         "",
         *_freezing(report.peft),
         f"Start: **{summary.start}**; {summary.start_reason}.",
@@ -322,6 +320,21 @@ def model_card(report: Report) -> str:
 def _method_name(report: Report) -> str:
     method = report.spec.method
     return method if isinstance(method, str) else method.type
+
+
+def _loading(report: Report) -> list[str]:
+    """Return how to load the adapter, or where each of several is."""
+    if report.folders is not None:
+        return [f"- `{folder}`: the adapter for dataset `{dataset}`" for folder, dataset in report.folders.items()]
+    return [
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{report.base_model}")',
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder", is_trainable=True)',
+        "```",
+    ]
 
 
 def _not_adapted(left: list[LeftOut]) -> list[str]:

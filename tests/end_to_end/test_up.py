@@ -63,7 +63,9 @@ def test_pefts_own_start_comes_out_of_the_same_service(up, tiny_model, rows, tmp
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
-def test_two_datasets_go_in_and_one_adapter_with_figures_for_both_comes_out(up, tiny_model, rows):
+def test_two_datasets_go_in_and_one_adapter_or_one_for_each_comes_out_with_figures_for_both(
+    up, tiny_model, rows, tmp_path
+):
     with up.client() as client:
         ids = [client.upload_dataset(rows(count)).id for count in (12, 16)]
         asked = [
@@ -71,12 +73,18 @@ def test_two_datasets_go_in_and_one_adapter_with_figures_for_both_comes_out(up, 
             for dataset_id, kind in zip(ids, ("sft", "dpo"), strict=True)
         ]
         spec = InitializationSpec.model_validate({"base_model": tiny_model, "datasets": asked, "lora": {"r": 2}})
-        done = client.wait(client.submit(spec).id, poll=0.05, timeout=300)
+        jobs = [client.submit(spec.model_copy(update={"adapters": kind})) for kind in (None, "per_dataset")]
+        for job in jobs:
+            done = client.wait(job.id, poll=0.05, timeout=300)
+            assert done.state is State.SUCCEEDED, done.error
+            assert [one.dataset_id for one in done.spec.datasets] == ids
+            held_out = done.result.summary.held_out
+            assert (held_out["datasets[0].sft"].rows, held_out["datasets[1].dpo"].rows) == (12, 16)
+        one, each = (client.pull(job.id, tmp_path / job.id) for job in jobs)
 
-    assert done.state is State.SUCCEEDED, done.error
-    assert [one.dataset_id for one in done.spec.datasets] == ids
-    held_out = done.result.summary.held_out
-    assert (held_out["datasets[0].sft"].rows, held_out["datasets[1].dpo"].rows) == (12, 16)
+    assert {path.name for path in one} == {path.name for path in each}
+    for adapter in (tmp_path / jobs[0].id, *(tmp_path / jobs[1].id / f"datasets-{index}" for index in (0, 1))):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(adapter))
 
 
 def test_a_killed_worker_is_started_again_and_its_job_is_finished_once(up, tiny_model, rows):

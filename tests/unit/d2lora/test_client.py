@@ -64,6 +64,54 @@ def test_a_pulled_adapter_is_whole(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["adapter"]
 
 
+def serving(contents):
+    """A service with one adapter of these files."""
+
+    def describe(name, content):
+        digest = hashlib.sha256(content).hexdigest()
+        return {"name": name, "size": len(content), "sha256": digest}
+
+    files = [describe(name, content) for name, content in contents.items()]
+    every = {**contents, "manifest.json": json.dumps({"version": 1, "files": files}).encode()}
+
+    def handler(request):
+        if request.url.path.endswith("/adapter"):
+            listed = [
+                {**describe(name, content), "url": f"http://service/{number}"}
+                for number, (name, content) in enumerate(every.items())
+            ]
+            return httpx.Response(200, json={"initialization_id": "init_1", "files": listed})
+        return httpx.Response(200, content=list(every.values())[int(request.url.path[1:])])
+
+    return handler
+
+
+def test_files_in_folders_are_pulled_into_folders(tmp_path):
+    contents = {"datasets-0/adapter_config.json": b"{}", "datasets-1/adapter_config.json": b"[]", "report.json": b"1"}
+
+    with client_of(serving(contents)) as client:
+        paths = client.pull("init_1", tmp_path / "adapter")
+
+    found = {str(path.relative_to(tmp_path / "adapter")): path.read_bytes() for path in paths}
+    assert {name: content for name, content in found.items() if name != "manifest.json"} == contents
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "..", "a/..//../x"])
+def test_no_file_is_pulled_to_a_place_outside_the_directory(tmp_path, name):
+    with client_of(serving({name: b"1", "report.json": b"2"})) as client:
+        try:
+            client.pull("init_1", tmp_path / "in" / "adapter")
+        except (D2LoraError, OSError):
+            assert not (tmp_path / "in" / "adapter").exists()
+
+    outside = [
+        path
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.parts[len(tmp_path.parts) :][:2] != ("in", "adapter")
+    ]
+    assert outside == []
+
+
 @pytest.mark.parametrize("damaged", [{"adapter_model.safetensors": b"weightx"}, {"adapter_model.safetensors": b""}])
 def test_a_damaged_file_leaves_nothing_behind(tmp_path, damaged):
     with client_of(adapter_answer(change=damaged)) as client, pytest.raises(ChecksumMismatch, match="adapter_model"):

@@ -53,6 +53,15 @@ def test_several_datasets_have_places_and_objectives_of_their_own():
         ({"method": "pissa"}, "datasets: not used by method pissa"),
         ({"method": {"type": "warmup", "warmup_dataset_id": "g", "from": "gradient"}}, "datasets: not used by method"),
         ({"combination": {"type": "fixed", "weights": [1, 1]}}, "one weight per entry of objectives"),
+        ({"datasets": None, "dataset_id": "ds_1", "adapters": "per_dataset"}, "adapters: a single dataset has one"),
+        (
+            {
+                "datasets": [{**TWO[1], "objectives": [{"type": "sft"}]}, TWO[0]],
+                "adapters": "per_dataset",
+                "combination": {"type": "fixed", "weights": [1, 1]},
+            },
+            "fixed weights are those of one adapter",
+        ),
     ],
 )
 def test_what_makes_no_sense_with_several_datasets_is_refused(changes, said):
@@ -80,11 +89,11 @@ def test_ids_are_no_part_of_what_decides_the_adapter_and_objectives_are():
 
 
 def test_files_and_numbered_objectives_become_datasets():
-    given = options(objective=["sft", "1.dpo:beta=0.3", "1.sft"])
+    given = options(objective=["sft", "1.dpo:beta=0.3", "1.sft"], adapters="per_dataset")
 
     spec = build_spec("m", "ds_1", given, further=["ds_2", "ds_3"])
 
-    assert spec.dataset_id is None
+    assert (spec.dataset_id, spec.adapters) == (None, "per_dataset")
     assert spec.datasets == [
         TrainingDataset(dataset_id="ds_1", objectives=[Sft()]),
         TrainingDataset(dataset_id="ds_2", objectives=[Dpo(beta=0.3), Sft()]),

@@ -1,5 +1,10 @@
+import hashlib
+from datetime import timedelta
+from urllib.parse import quote
+
 import pytest
 
+from d2lora.initializations import Result, ResultFile, ResultSummary
 from tests.unit.service.test_api import PAIR, problem_of
 
 
@@ -73,3 +78,36 @@ def test_a_repeated_key_knows_the_datasets_and_their_objectives(upload, client):
     assert again.json()["id"] == first.json()["id"]
     for other in (swapped, narrowed):
         problem_of(other, 422, "idempotency_mismatch")
+
+
+def test_the_files_of_each_datasets_adapter_are_served_from_their_folders(app, upload, client, tmp_path):
+    datasets = [{"dataset_id": upload().json()["id"]}, {"dataset_id": upload(PAIR).json()["id"]}]
+    request = {"base_model": "allowed/model", "datasets": datasets, "adapters": "per_dataset"}
+    job = client.post("/v1/initializations", json=request).json()
+    claim = app.state.store.leases.claim("w", lease=timedelta(seconds=60), max_attempts=3)
+    prefix, files = f"t/acme/initializations/{job['id']}/1/", []
+    for name in ("datasets-0/adapter_config.json", "datasets-1/adapter_config.json", "manifest.json"):
+        path = tmp_path / "file"
+        path.write_text(name)
+        files.append(ResultFile(name=name, size=len(name), sha256=hashlib.sha256(name.encode()).hexdigest()))
+        app.state.storage.put_file(prefix + name, path, files[-1].sha256)
+    summary = ResultSummary(
+        start="zero",
+        start_reason="r",
+        objectives=["sft"],
+        objectives_reason="r",
+        weights={},
+        cosines={},
+        held_out={},
+        rows_used=1,
+        rows_truncated=0,
+        rows_dropped=0,
+        fingerprint="f",
+    )
+    assert app.state.store.leases.succeed(claim, Result(files=files, summary=summary), prefix)
+
+    listed = client.get(f"/v1/initializations/{job['id']}/adapter").json()["files"]
+
+    assert [client.get(file["url"]).text for file in listed] == [file["name"] for file in listed]
+    for other in ("datasets-2/adapter_config.json", "datasets-0", "datasets-0/../manifest.json", "../../x"):
+        assert client.get(f"/v1/initializations/{job['id']}/files/{quote(other, safe='')}").status_code == 404, other

@@ -18,7 +18,7 @@ from worker.batches import distinct_rows
 from worker.directions import coefficients_of, combined_direction, statistics_of
 from worker.factors import inner_products
 from worker.gathering import FOLDS
-from worker.joint import build_joint_adapter, deal_folds
+from worker.joint import build_jointly, deal_folds
 from worker.targets import lora_config, resolve_targets
 
 SFT, DPO, ORPO, KTO = ({"type": kind} for kind in ("sft", "dpo", "orpo", "kto"))
@@ -31,11 +31,11 @@ def spec_of(asked, **changes):
     )
 
 
-def jointly(datasets, asked, directory, *, model=None, on_progress=lambda *_: None, **changes):
-    """The adapter for several datasets' rows; ``asked`` are their objectives."""
+def together(datasets, asked, directory, *, model=None, on_progress=lambda *_: None, **changes):
+    """What comes of several datasets' rows; ``asked`` are their objectives."""
     model, spec = model or tiny_llama(), spec_of(asked, **changes)
     directory.mkdir(exist_ok=True)
-    return build_joint_adapter(
+    return build_jointly(
         as_base(model),
         resolve_targets(model, lora_config(model, spec.lora, base_model="tiny", revision=None)),
         spec,
@@ -44,6 +44,12 @@ def jointly(datasets, asked, directory, *, model=None, on_progress=lambda *_: No
         directory=directory,
         on_progress=on_progress,
     )
+
+
+def jointly(*arguments, **changes):
+    """The one adapter for several datasets."""
+    (built,) = together(*arguments, **changes).adapters
+    return built
 
 
 def dense(layer):
@@ -200,6 +206,49 @@ def test_two_learnable_tasks_get_one_step_that_lowers_each_on_its_own_held_out_r
         assert done == sorted(done)
         assert len({total for _, total in done}) == 1
     assert (Phase.STATISTICS, 36, 36) in seen
+
+
+def test_an_adapter_for_each_dataset_has_the_direction_of_its_rows_alone_and_the_cosines_are_those_of_all(tmp_path):
+    plain, pairs = learnable_rows(9, paired=False), learnable_rows(8, seed=1)
+    both, exact = [[SFT], [DPO, ORPO]], {"statistics": "exact", "start": "zero"}
+
+    each = together([plain, pairs], both, tmp_path / "each", adapters="per_dataset", **exact)
+    one = jointly([plain, pairs], both, tmp_path / "one", **exact)
+
+    assert each.names == one.names
+    torch.testing.assert_close(each.cosines, one.mixture.cosines)
+    for built, rows, asked, place in zip(
+        each.adapters, [plain, pairs], both, ("datasets[0].", "datasets[1]."), strict=True
+    ):
+        alone = build(rows, tmp_path / place, objectives=asked, **exact)
+        assert built.names == [f"{place}{objective['type']}" for objective in asked]
+        torch.testing.assert_close(built.mixture.weights, alone.mixture.weights, rtol=0, atol=1e-5)
+        for name, layer in alone.direction.items():
+            assert (dense(built.direction[name]) - dense(layer)).norm() < 1e-4 * dense(layer).norm(), name
+
+
+def test_of_adapters_for_each_dataset_every_one_takes_the_step_that_its_own_rows_support(tmp_path):
+    source, noise = random.Random(1), reference_rows(12, paired=True, seed=1)
+    noise = [dataclasses.replace(row, rejected=[source.randrange(3, 97) for _ in row.chosen]) for row in noise]
+    seen = []
+
+    learned, unlearned = together(
+        [learnable_rows(12), noise],
+        [[DPO], [DPO]],
+        tmp_path,
+        adapters="per_dataset",
+        on_progress=lambda *progress: seen.append(progress),
+    ).adapters
+
+    assert learned.eta > 0
+    assert learned.held_out["datasets[0].dpo"].adapter < learned.held_out["datasets[0].dpo"].base
+    assert list(learned.held_out) == ["datasets[0].nll", "datasets[0].dpo"]
+    assert unlearned.eta == 0.0
+    assert all(not layer.lora_B.any() for layer in unlearned.factors.values())
+    for phase in (Phase.STATISTICS, Phase.FACTORS, Phase.CALIBRATION):
+        done = [(one, total) for at, one, total in seen if at is phase]
+        assert done == sorted(done), phase
+        assert len({total for _, total in done}) == 1
 
 
 def test_a_step_that_makes_one_task_worse_is_not_taken_however_much_it_helps_another(tmp_path):

@@ -110,6 +110,41 @@ def test_stock_peft_applies_the_one_adapter_which_serves_both_tasks_and_the_repo
     assert not list((tmp_path / "out").glob(".statistics-*"))
 
 
+def test_an_adapter_for_each_dataset_lies_in_a_folder_of_its_own_with_its_report(base_model, plain, pairs, tmp_path):
+    out = tmp_path / "out"
+
+    result = run(base_model, [plain, pairs], out, adapters="per_dataset")
+
+    base, kinds = AutoModelForCausalLM.from_pretrained(base_model), ("sft", "dpo")
+    before = logps(base, "say 77:", " yes yes")
+    model = PeftModel.from_pretrained(base, str(out / "datasets-0"))
+    assert logps(model, "say 77:", " yes yes") > before
+    manifest = json.loads((out / "manifest.json").read_text())
+    every = [path for path in out.rglob("*") if path.is_file() and path != out / "manifest.json"]
+    assert {entry["name"] for entry in manifest["files"]} == {str(path.relative_to(out)) for path in every}
+    for file in result.files:
+        content = (out / file.name).read_bytes()
+        assert (file.size, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert result.files[-1].name == "manifest.json"
+    report = Report.model_validate_json((out / "report.json").read_text())
+    assert report.summary == result.summary
+    assert report.folders == {"datasets-0": "ds_1", "datasets-1": "ds_2"}
+    assert list(report.summary.cosines) == ["datasets[0].sft,datasets[1].dpo"]
+    assert report.summary.weights == {"datasets[0].sft": 1.0, "datasets[1].dpo": 1.0}
+    assert report.summary.rows_used == 28
+    card = (out / "README.md").read_text()
+    assert "- `datasets-1`: the adapter for dataset `ds_2`" in card
+    assert "from_pretrained" not in card
+    for index, kind in enumerate(kinds):
+        own = Report.model_validate_json((out / f"datasets-{index}" / "report.json").read_text())
+        name = f"datasets[{index}].{kind}"
+        assert (own.summary.objectives, own.summary.rows_used) == ([name], (12, 16)[index])
+        assert [one.dataset_id for one in own.datasets] == [f"ds_{index + 1}"]
+        assert own.summary.held_out[name] == report.summary.held_out[name]
+        assert own.layers
+        assert f"datasets[{index}]: {own.summary.start_reason}" in report.summary.start_reason
+
+
 def test_all_that_the_rows_of_each_dataset_allow_is_the_default(base_model, plain, pairs, tmp_path):
     every = run(base_model, [plain, pairs], tmp_path / "a", asked=(None, None), start="zero").summary
     some = run(base_model, [plain, pairs], tmp_path / "b", asked=(None, (DPO,)), start="zero").summary
@@ -129,7 +164,7 @@ def test_equal_requests_have_equal_fingerprints_whatever_the_datasets_are_called
     assert fingerprint("b", ids=("ds_8", "ds_9")) == first
     unmapped = write(tmp_path / "same.jsonl", [{"prompt": "say:", "completion": " yes"}])
     others = [fingerprint("c", asked=((SFT,), (SFT,))), fingerprint("d", datasets=(unmapped, pairs))]
-    assert len({first, *others}) == 3
+    assert len({first, *others, fingerprint("e", adapters="per_dataset")}) == 4
 
 
 def test_what_is_wrong_with_a_dataset_is_said_with_its_place(base_model, plain, pairs, tmp_path):
