@@ -4,7 +4,9 @@ import hashlib
 import secrets
 from datetime import UTC, datetime
 
+import psycopg
 import pytest
+from psycopg import sql
 
 from cluster import servers
 from cluster.processes import Guard
@@ -30,15 +32,27 @@ def postgresql(tmp_path_factory, guard):
         yield server
 
 
+@pytest.fixture(scope="session")
+def postgresql_database(postgresql):
+    """A database with the newest schema, for all tests in turn: each of its own would be three hundred files."""
+    settings = DatabaseSettings(url=postgresql.create_database("test"))
+    migrate(settings)
+    return settings
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request, tmp_path):
     """An empty database with the newest schema."""
     if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path / 'state' / 'd2lora.db'}"
-    else:
-        url = request.getfixturevalue("postgresql").create_database(f"test_{secrets.token_hex(6)}")
-    settings = DatabaseSettings(url=url)
-    migrate(settings)
+        settings = DatabaseSettings(url=f"sqlite:///{tmp_path / 'state' / 'd2lora.db'}")
+        migrate(settings)
+        return settings
+    settings = request.getfixturevalue("postgresql_database")
+    with psycopg.connect(settings.url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute("SET lock_timeout = '5s'")  # of a test that has left a transaction open
+        rows = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").fetchall()
+        tables = [sql.Identifier(name) for (name,) in rows if name != "alembic_version"]
+        connection.execute(sql.SQL("TRUNCATE {} RESTART IDENTITY").format(sql.SQL(", ").join(tables)))
     return settings
 
 
