@@ -6,6 +6,7 @@ combines those of all.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,30 +120,35 @@ def deal_folds(datasets: Sequence[Sequence[Example]], *, seed: int) -> list[list
     Rows with equal chosen sequences share a fold, across datasets too, so that none is held out from its own copy; the
     others are dealt evenly, in an order that depends on seed and content.
     """
+    rows = [[(_content(example, seed), example.desirable) for example in examples] for examples in datasets]
     most = min(FOLDS, *(distinct_rows(examples) for examples in datasets))
     for folds in range(most, 1, -1):
-        dealt = _dealt(datasets, folds, seed)
-        if all(_everywhere(examples, own, folds) for examples, own in zip(datasets, dealt, strict=True)):
+        dealt = _dealt(rows, folds)
+        if all(_everywhere(own, places, folds) for own, places in zip(rows, dealt, strict=True)):
             return dealt
-    return [[0] * len(examples) for examples in datasets]
+    return [[0] * len(own) for own in rows]
 
 
-def _dealt(datasets: Sequence[Sequence[Example]], folds: int, seed: int) -> list[list[int]]:
+_Row = tuple[str, bool | None]
+"""What tells a row from others, and its label."""
+
+
+def _dealt(datasets: Sequence[Sequence[_Row]], folds: int) -> list[list[int]]:
     fold_of: dict[str, int] = {}
-    for examples in datasets:
+    for rows in datasets:
         for label in (None, True, False):
-            own = {_content(example, seed) for example in examples if example.desirable is label}
-            load = [sum(fold_of.get(content) == fold for content in own) for fold in range(folds)]
+            own = {content for content, of in rows if of is label}
+            taken = Counter(fold_of[content] for content in own if content in fold_of)
+            load = [taken[fold] for fold in range(folds)]
             for content in sorted(own - fold_of.keys()):
                 fold_of[content] = load.index(min(load))
                 load[fold_of[content]] += 1
-    return [[fold_of[_content(example, seed)] for example in examples] for examples in datasets]
+    return [[fold_of[content] for content, _ in rows] for rows in datasets]
 
 
-def _everywhere(examples: Sequence[Example], dealt: Sequence[int], folds: int) -> bool:
-    labels = {example.desirable for example in examples}
-    found = {(example.desirable, fold) for example, fold in zip(examples, dealt, strict=True)}
-    return len(found) == len(labels) * folds
+def _everywhere(rows: Sequence[_Row], dealt: Sequence[int], folds: int) -> bool:
+    found = {(label, fold) for (_, label), fold in zip(rows, dealt, strict=True)}
+    return len(found) == len({label for _, label in rows}) * folds
 
 
 def _content(example: Example, seed: int) -> str:
