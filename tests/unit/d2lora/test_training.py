@@ -2,10 +2,14 @@
 
 import json
 
+import httpx
 import pytest
 import typer
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from d2lora import cli
+from d2lora.client import Client
 from d2lora.initializations import Dpo, InitializationSpec, Sft, TrainingDataset
 from d2lora.options import build_spec
 from d2lora.roles import without_dataset_ids
@@ -112,3 +116,44 @@ def test_a_file_may_describe_the_datasets_and_options_win_over_it(tmp_path):
     assert [dataset.objectives for dataset in spec.training.values()] == [[Sft()], [Dpo()]]
     with pytest.raises(typer.BadParameter, match="datasets has 2 entries, and 3 files"):
         build_spec("m", "ds_1", options(spec=path), further=["ds_2", "ds_3"])
+
+
+def test_submit_uploads_every_file_with_its_own_columns_and_names_them_in_order(tmp_path, monkeypatch):
+    uploads, requests = [], []
+
+    def handler(request):
+        if request.url.path == "/v1/datasets":
+            uploads.append((request.read(), request.url.params.get_list("column")))
+            dataset = {
+                "id": f"ds_{len(uploads)}",
+                "format": "jsonl",
+                "size": 1,
+                "sha256": "0" * 64,
+                "rows": 1,
+                "row_schema": "prompt_completion",
+                "objectives": ["sft"],
+                "created_at": "2026-01-01T00:00:00Z",
+            }
+            return httpx.Response(201, json=dataset)
+        requests.append(json.loads(request.content))
+        job = {"id": "init_1", "state": "queued", "attempt": 0, "created_at": "2026-01-01T00:00:00Z"}
+        return httpx.Response(202, json={**job, "spec": requests[0]})
+
+    transport = httpx.MockTransport(handler)
+    monkeypatch.setattr(cli, "_client", lambda *_: Client("http://service", api_key="k", transport=transport))
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"question": "{name}", "completion": "c"}}\n')
+    a, b = (str(tmp_path / f"{name}.jsonl") for name in ("a", "b"))
+    chosen = ["--column", "1.prompt=question", "--objective", "1.sft", "--adapters", "per_dataset"]
+
+    done = CliRunner().invoke(cli.app, ["submit", "m", a, "--dataset", b, *chosen])
+
+    assert done.exception is None, done.exception
+    assert done.output == "init_1\n"
+    assert [(json.loads(rows)["question"], columns) for rows, columns in uploads] == [
+        ("a", []),
+        ("b", ["prompt:question"]),
+    ]
+    spec = InitializationSpec.model_validate(requests[0])
+    assert [(one.dataset_id, one.objectives) for one in spec.datasets] == [("ds_1", None), ("ds_2", [Sft()])]
+    assert spec.adapters == "per_dataset"
