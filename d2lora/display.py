@@ -36,6 +36,9 @@ def print_summary(summary: ResultSummary) -> None:
         print(f"held out, cross-validated: {name} {value.base:.4f} -> {value.adapter:.4f} on {value.rows} rows")
     for name, value in (summary.evaluation or {}).items():
         print(f"evaluation dataset: {name} {value.base:.4f} -> {value.adapter:.4f} on {value.rows} rows")
+    if summary.retained is not None:
+        kept = summary.retained
+        print(f"retain rows: nll {kept.base:.4f} -> {kept.adapter:.4f} on {kept.rows} rows")
     print(f"rows: {summary.rows_used} used, {summary.rows_truncated} truncated, {summary.rows_dropped} dropped")
     for warning in summary.warnings:
         print(f"warning: {warning}")

@@ -5,7 +5,8 @@ import sys
 import pytest
 import typer
 
-from d2lora.initializations import Dpo, Kto, Orpo, Sft, Whitening
+from d2lora.display import print_summary
+from d2lora.initializations import Dpo, Kto, Orpo, ResultSummary, Retained, Sft, Whitening
 from d2lora.methods import Pissa
 from d2lora.options import _OPTIONS, build_spec
 from d2lora.roles import FIELDS, Role
@@ -188,3 +189,14 @@ def test_the_commands_that_need_the_rooms_say_so_without_them(rows, tmp_path):
 
     assert done.returncode == 2
     assert "needs a checkout" in done.stderr
+
+
+def test_what_is_forgotten_of_retain_rows_is_printed(capsys):
+    kept = Retained(base=4.4, unrestrained=4.6, adapter=4.41, rows=5, tolerance=0.01, mu=2.0, strengths=[0.0, 1.0])
+    nothing = {"objectives": [], "objectives_reason": "", "weights": {}, "cosines": {}, "held_out": {}}
+    rows = {"rows_used": 8, "rows_truncated": 0, "rows_dropped": 0}
+    summary = ResultSummary(start="zero", start_reason="", fingerprint="f", retained=kept, **nothing, **rows)
+
+    print_summary(summary)
+
+    assert "retain rows: nll 4.4000 -> 4.4100 on 5 rows" in capsys.readouterr().out
