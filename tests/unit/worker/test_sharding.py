@@ -100,8 +100,7 @@ def read_rows(dataset):
 
 
 def spec_for(base_model, **changes):
-    # MGDA's ten thousand steps would take most of the time here.
-    plain = {"base_model": base_model, "dataset_id": "ds", "lora": RANK, "combination": {"type": "mean"}}
+    plain = {"base_model": base_model, "dataset_id": "ds", "lora": RANK}
     return InitializationSpec(**plain | changes)
 
 
@@ -165,7 +164,7 @@ FULL_SEQUENCE = [Sft(), {"type": "dpo"}, Orpo(nll="full_sequence")]
 @pytest.mark.parametrize(
     ("model", "changes"),
     [
-        ("llama", {"combination": {"type": "mgda"}}),
+        ("llama", {}),
         ("llama", {"statistics": "exact"}),
         ("llama", {"objectives": FULL_SEQUENCE}),
         ("gpt2", {}),
