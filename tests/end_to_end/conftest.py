@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class Up:
     url: str
     key: str
     log: Path
+    state: Path
 
     def client(self) -> Client:
         return Client(self.url, api_key=self.key)
@@ -45,16 +47,30 @@ class Up:
 
 @pytest.fixture
 def up(tmp_path):
-    log = tmp_path / "up.log"
+    """A service of the test's own, to kill and to stop."""
+    with started(tmp_path) as up:
+        yield up
+
+
+@pytest.fixture(scope="module")
+def shared_up(tmp_path_factory):
+    """A service for all tests that only use it: to start one takes longer than what they ask of it."""
+    with started(tmp_path_factory.mktemp("up")) as up:
+        yield up
+
+
+@contextmanager
+def started(directory):
+    log, state = directory / "up.log", directory / "state"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("D2LORA")}
     with log.open("w") as output:
-        command = [sys.executable, "-m", "d2lora.cli", "up", "--data-dir", str(tmp_path / "state"), "--port", "0"]
+        command = [sys.executable, "-m", "d2lora.cli", "up", "--data-dir", str(state), "--port", "0"]
         process = subprocess.Popen(command, stdout=output, stderr=output, env=clean, start_new_session=True)
     try:
         wait_for(lambda: "API key" in log.read_text() or process.poll() is not None, log)
         text = log.read_text()
         assert process.poll() is None, text
-        yield Up(process, re.search(r"http://[\d.:]+", text)[0], re.search(r"d2l_\S+", text)[0], log)
+        yield Up(process, re.search(r"http://[\d.:]+", text)[0], re.search(r"d2l_\S+", text)[0], log, state)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(120)

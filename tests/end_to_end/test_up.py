@@ -33,9 +33,9 @@ def submit(client, model, path, **changes):
     return client.submit(InitializationSpec(base_model=model, dataset_id=dataset.id, lora=LoraSpec(r=2), **changes))
 
 
-def test_a_dataset_goes_in_and_an_adapter_that_loads_comes_out(up, tiny_model, rows, tmp_path):
+def test_a_dataset_goes_in_and_an_adapter_that_loads_comes_out(shared_up, tiny_model, rows, tmp_path):
     seen = []
-    with up.client() as client:
+    with shared_up.client() as client:
         job = submit(client, tiny_model, rows(24), max_tokens_per_batch=64)
         done = client.wait(job.id, poll=0.05, on_update=lambda now: seen.append(now.progress), timeout=300)
         client.pull(job.id, tmp_path / "adapter")
@@ -47,8 +47,8 @@ def test_a_dataset_goes_in_and_an_adapter_that_loads_comes_out(up, tiny_model, r
     assert any(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if "lora_B" in name)
 
 
-def test_pefts_own_start_comes_out_of_the_same_service(up, tiny_model, rows, tmp_path):
-    with up.client() as client:
+def test_pefts_own_start_comes_out_of_the_same_service(shared_up, tiny_model, rows, tmp_path):
+    with shared_up.client() as client:
         job = submit(client, tiny_model, rows(12), method="lora_ga")
         done = client.wait(job.id, poll=0.05, timeout=300)
         client.pull(job.id, tmp_path / "adapter")
@@ -64,9 +64,9 @@ def test_pefts_own_start_comes_out_of_the_same_service(up, tiny_model, rows, tmp
 
 
 def test_two_datasets_go_in_and_one_adapter_or_one_for_each_comes_out_with_figures_for_both(
-    up, tiny_model, rows, tmp_path
+    shared_up, tiny_model, rows, tmp_path
 ):
-    with up.client() as client:
+    with shared_up.client() as client:
         ids = [client.upload_dataset(rows(count)).id for count in (12, 16)]
         asked = [
             {"dataset_id": dataset_id, "objectives": [{"type": kind}]}
@@ -103,18 +103,18 @@ def test_a_killed_worker_is_started_again_and_its_job_is_finished_once(up, tiny_
     assert types == ["queued", "running", "running", "succeeded"]
 
 
-def test_a_running_job_is_cancelled_within_a_batch(up, tiny_model, rows):
-    with up.client() as client:
+def test_a_running_job_is_cancelled_within_a_batch(shared_up, tiny_model, rows):
+    with shared_up.client() as client:
         job = submit(client, tiny_model, rows(2000), max_tokens_per_batch=64)
-        wait_for(lambda: client.get(job.id).progress is not None, up.log)
+        wait_for(lambda: client.get(job.id).progress is not None, shared_up.log)
 
         client.cancel(job.id)
 
         assert client.wait(job.id, poll=0.1, timeout=120).state is State.CANCELLED
 
 
-def test_a_job_that_cannot_be_done_fails_with_its_reason(up, tiny_model, rows):
-    with up.client() as client:
+def test_a_job_that_cannot_be_done_fails_with_its_reason(shared_up, tiny_model, rows):
+    with shared_up.client() as client:
         job = submit(client, tiny_model, rows(4), max_length=3)
         done = client.wait(job.id, poll=0.1, timeout=300)
 
@@ -140,6 +140,6 @@ def test_no_child_outlives_a_supervisor_that_is_killed(up):
     wait_for(lambda: not any(alive(child) for child in children), up.log, timeout=30)
 
 
-def test_the_key_and_the_state_are_for_their_owner_alone(up, tmp_path):
-    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
-    assert (tmp_path / "state" / "api_key").stat().st_mode & 0o777 == 0o600
+def test_the_key_and_the_state_are_for_their_owner_alone(shared_up):
+    assert shared_up.state.stat().st_mode & 0o777 == 0o700
+    assert (shared_up.state / "api_key").stat().st_mode & 0o777 == 0o600
