@@ -23,7 +23,6 @@ from worker.evaluation import measure, read_evaluation, read_extra
 from worker.evidence import Intake, intake, make_gradient_report
 from worker.failures import translated_errors
 from worker.gathering import tokens_per_batch
-from worker.left_out import in_words
 from worker.model_cache import Loader
 from worker.objectives import resolve_objectives
 from worker.peft_initialization import initialize_by_peft
@@ -64,7 +63,7 @@ def initialize(
     base, targets = subject.base, subject.targets
     clock(Phase.READING, 0, 1)
     max_length, warnings = length_limit(base, spec)
-    warnings += [in_words(one) for one in subject.left_out]
+    warnings += subject.warnings
     encoded = encode_rows(read_rows(dataset), base.tokenizer, max_length=max_length)
     # All that can be refused is refused before the pass.
     objectives = resolve_objectives(spec.objectives, encoded.examples[0].supervision)

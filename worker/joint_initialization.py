@@ -16,7 +16,6 @@ from worker.evidence import Intake, intake
 from worker.failures import translated_errors
 from worker.joint import build_jointly
 from worker.joint_evidence import collection_report, folders_of, joint_report, own_reports
-from worker.left_out import in_words
 from worker.model_cache import Loader
 from worker.objectives import resolve_objectives
 from worker.shard_files import sha256
@@ -48,7 +47,7 @@ def initialize_jointly(
     base = subject.base
     clock(Phase.READING, 0, len(datasets))
     max_length, warnings = length_limit(base, spec)
-    warnings += [in_words(one) for one in subject.left_out]
+    warnings += subject.warnings
     every: list[Encoded] = []
     rows: list[Intake] = []
     for (place, asked), dataset in zip(spec.training.items(), datasets, strict=True):

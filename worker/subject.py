@@ -9,11 +9,11 @@ from torch import nn
 from d2lora.errors import ChecksumMismatch
 from d2lora.initializations import InitializationSpec, Phase
 from d2lora.settings import WorkerSettings
-from worker.left_out import LeftOut, left_out
+from worker.left_out import LeftOut, in_words, left_out
 from worker.model_cache import Loader
 from worker.models import BaseModel
 from worker.shard_files import BasePin
-from worker.targets import lora_config, resolve_targets
+from worker.targets import lora_config, resolve_targets, unmatched
 from worker.units import OnProgress
 
 
@@ -26,6 +26,14 @@ class Subject:
     targets: Mapping[str, nn.Module]
     left_out: list[LeftOut]
     """What the adapter leaves as it is."""
+    unmatched: list[str]
+    """Names that the request asks for and no module has."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know of the targets."""
+        unknown = [f"lora.target_modules: {name!r} matches no module" for name in self.unmatched]
+        return unknown + [in_words(one) for one in self.left_out]
 
 
 def load_subject(
@@ -57,7 +65,7 @@ def load_subject(
     config = lora_config(base.model, spec.lora, base_model=spec.base_model, revision=spec.revision)
     targets = resolve_targets(base.model, config)
     on_progress(Phase.LOADING, 1, 1)
-    return Subject(base, config, targets, left_out(base.model, spec.lora))
+    return Subject(base, config, targets, left_out(base.model, spec.lora), unmatched(base.model, spec.lora))
 
 
 def length_limit(base: BaseModel, spec: InitializationSpec) -> tuple[int, list[str]]:

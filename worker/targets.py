@@ -66,6 +66,15 @@ def passed_over(model: PreTrainedModel, rank: int) -> dict[str, str]:
     return reasons
 
 
+def unmatched(model: PreTrainedModel, lora: LoraSpec) -> list[str]:
+    """Return the names in a list of ``target_modules`` that no module has; PEFT passes over them in silence."""
+    if isinstance(lora.target_modules, str):
+        return []
+    modules = [name for name, _ in model.named_modules()]
+    alone = {one: LoraConfig(target_modules=[one]) for one in lora.target_modules}
+    return [one for one, config in alone.items() if not any(_matches(config, name) for name in modules)]
+
+
 def _all_linear(model: PreTrainedModel) -> list[str]:
     """Return what PEFT means by all-linear, in the order of the model's modules."""
     asked = LoraConfig(target_modules=INCLUDE_LINEAR_LAYERS_SHORTHAND, task_type="CAUSAL_LM")

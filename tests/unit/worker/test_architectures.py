@@ -159,14 +159,14 @@ def test_stock_peft_gives_the_logits_of_our_factors_on_the_unmodified_base(famil
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-def deliver(model, place, *, r):
+def deliver(model, place, *, r, **lora):
     """Save the model, let an adapter be made for it, and return the adapter's directory."""
     model.save_pretrained(place / "model")
     tiny_tokenizer().save_pretrained(place / "model")
     rows = [f'{{"prompt": "item {i}:", "chosen": " yes yes", "rejected": " no {i}"}}' for i in range(6)]
     (place / "rows.jsonl").write_text("\n".join(rows))
     (place / "out").mkdir()
-    lora = LoraSpec(r=r, lora_alpha=3 * r)
+    lora = LoraSpec(r=r, lora_alpha=3 * r, **lora)
     initialize(
         InitializationSpec(base_model=str(place / "model"), dataset_id="ds", lora=lora, objectives=[Sft()]),
         DatasetFile(place / "rows.jsonl", Format.JSONL),
@@ -236,6 +236,15 @@ def test_experts_and_skipped_layers_are_in_report_warnings_and_model_card(tmp_pa
     said = f"not adapted: model.layers.*.mlp.experts (2 modules, {experts['parameters']} parameters, "
     assert any(said in warning for warning in report["summary"]["warnings"])
     assert said in (out / "README.md").read_text()
+
+
+def test_a_name_of_experts_that_matches_no_module_is_told(tmp_path):
+    out = deliver(ARCHITECTURES["qwen3-moe"](), tmp_path, r=2, target_modules=["q_proj", "up_proj"])
+
+    warnings = json.loads((out / "report.json").read_text())["summary"]["warnings"]
+    assert "lora.target_modules: 'up_proj' matches no module" in warnings
+    assert any("mlp.experts" in warning for warning in warnings)
+    assert not any("'q_proj'" in warning for warning in warnings)
 
 
 def test_a_dense_model_leaves_nothing_out():

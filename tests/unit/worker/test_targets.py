@@ -5,7 +5,7 @@ from torch import nn
 from d2lora.errors import RankTooLarge, TargetsMissing, TargetUnsupported
 from d2lora.initializations import LoraSpec
 from tests.support.models import tiny_gpt2, tiny_llama
-from worker.targets import lora_config, resolve_targets
+from worker.targets import lora_config, resolve_targets, unmatched
 
 
 def resolve(model, **lora):
@@ -50,6 +50,16 @@ def test_conv1d_layers_are_told_to_peft():
 def test_no_match_is_an_error_that_lists_what_there_is():
     with pytest.raises(TargetsMissing, match=r"q_proj"):
         resolve(tiny_llama(), target_modules=["nothing_like_this"])
+
+
+def test_names_that_match_nothing_beside_others_that_do_are_told():
+    """PEFT passes over them in silence."""
+    model = tiny_llama()
+
+    found = unmatched(model, LoraSpec(target_modules=["q_proj", "up_porj", "layers.1.mlp", "layers.7.mlp"]))
+
+    assert found == ["up_porj", "layers.7.mlp"]
+    assert unmatched(model, LoraSpec(target_modules="all-linear")) == []
 
 
 def test_a_rank_above_a_targets_smaller_side_names_the_target():
