@@ -193,8 +193,6 @@ class InitializationSpec(Frozen):
             return self
         if self.statistics == "exact":
             raise ValueError("second_pass_above: exact statistics have no sketch error to lower")
-        if self.whitening is not None:
-            raise ValueError("second_pass_above: not offered together with whitening")
         if self.retain_dataset_id is not None:
             raise ValueError("second_pass_above: not offered together with retain_dataset_id")
         if self.rounds > 1:

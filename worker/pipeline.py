@@ -44,7 +44,7 @@ from worker.objectives import Basis, bases_of, resolve_objectives
 from worker.points import first_point
 from worker.retaining import Restraint, restrain
 from worker.rounds import Rounds, Surroundings, further_rounds
-from worker.second_pass import inaccurate_layers, refined
+from worker.second_pass import inaccurate_layers, refined, step_along
 from worker.sketch_files import load as load_statistics
 from worker.statistics import Statistics
 from worker.units import OnProgress
@@ -124,12 +124,14 @@ def build_adapter(
             bases,
             layers,
             rank=spec.lora.r,
+            whitening=spec.whitening,
             checkpointing=settings.activation_checkpointing,
             on_progress=on_progress,
         )
         direction = {**built.direction, **better}
-        factors = calibrated_step(direction, eta=built.eta, scaling=spec.lora.scaling)
-        return replace(built, direction=direction, factors=factors, refined=frozenset(better))
+        eta = step_along(direction, eta=built.eta, instead_of=built.direction)
+        factors = calibrated_step(direction, eta=eta, scaling=spec.lora.scaling)
+        return replace(built, direction=direction, factors=factors, eta=eta, refined=frozenset(better))
     if spec.rounds == 1 or not built.eta:
         return built
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from d2lora.initializations import Phase
+from d2lora.initializations import Phase, Whitening
 from worker.batches import Batch
 from worker.checkpointing import activation_checkpointing
 from worker.factors import Direction, summed
@@ -33,6 +33,8 @@ from worker.progress import PhaseCounter
 from worker.sketching import Sketch
 from worker.statistics import Statistics, gather
 from worker.units import OnProgress
+from worker.whitened_projections import WhitenedProjection
+from worker.whitening import MomentSketch
 
 
 @dataclass
@@ -89,6 +91,20 @@ def inaccurate_layers(direction: Direction, above: float) -> list[str]:
     return [name for name, layer in direction.items() if layer.missed > above**2 * layer.energy]
 
 
+def step_along(direction: Direction, *, eta: float, instead_of: Direction) -> float:
+    """Return the step size for a refined direction, where ``eta`` was found for the one that it takes the place of.
+
+    Where the loss curves alike in all directions, the best step is proportional to ``<G, D> / |D|^2``. That is 1 for
+    a part of G itself, and eta stays; a refined whitened direction is shorter for its slope.
+    """
+
+    def steepness(of: Direction) -> float:
+        squared = sum(layer.kept for layer in of.values())
+        return sum(layer.descent for layer in of.values()) / squared if squared else 1.0
+
+    return eta * (steepness(direction) / steepness(instead_of))
+
+
 def refined(
     base: BaseModel,
     targets: Mapping[str, nn.Module],
@@ -99,17 +115,27 @@ def refined(
     layers: Sequence[str],
     *,
     rank: int,
+    whitening: Whitening | None = None,
     checkpointing: bool,
     on_progress: OnProgress,
 ) -> dict[str, LowRank]:
-    """Return the rank-r direction of the named layers from another pass, whose backward ends at the lowest of them."""
+    """Return the rank-r direction of the named layers from another pass, whose backward ends at the lowest of them.
+
+    With whitening it is that of the whitened gradient, and the first pass has gathered second moments.
+    """
 
     def sketch(name: str) -> Sketch:
         whole = summed([fold.layers[name] for fold in folds])
         assert isinstance(whole, Sketch)
         return whole
 
-    projections = {name: Projection.of(sketch(name), coefficients) for name in layers}
+    def projection(name: str) -> Projection | WhitenedProjection:
+        first = sketch(name)
+        if whitening is None:
+            return Projection.of(first, coefficients)
+        return WhitenedProjection.of(_with_moment(first), coefficients, whitening)
+
+    projections = {name: projection(name) for name in layers}
     count = PhaseCounter(Phase.REFINEMENT, sum(len(batch.rows) for batch in batches), on_progress)
     with activation_checkpointing(base, enabled=checkpointing):
         gather(
@@ -119,6 +145,19 @@ def refined(
             batches,
             bases,
             on_batch=lambda batch, _: count(len(batch.rows)),
+            mask_inputs=whitening is not None,
             from_targets=True,
         )
-    return {name: projection.factorize(sketch(name), rank) for name, projection in projections.items()}
+
+    def direction(name: str) -> LowRank:
+        found = projections[name]
+        if isinstance(found, WhitenedProjection):
+            return found.factorize(_with_moment(sketch(name)), rank)
+        return found.factorize(sketch(name), rank)
+
+    return {name: direction(name) for name in layers}
+
+
+def _with_moment(sketch: Sketch) -> MomentSketch:
+    assert isinstance(sketch, MomentSketch), "the pass has not gathered second moments"
+    return sketch

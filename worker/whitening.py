@@ -10,7 +10,7 @@ part of G (see `MomentSketch.leading`), or that of all of G in exact mode.
 
 Shape legend
     S  sequences    T  tokens of a padded sequence    I  in_features    O  out_features    K  bases
-    N  rows of the test matrix on the output's side
+    N  rows of the test matrix on the output's side    M  any
 """
 
 from collections.abc import Callable
@@ -79,6 +79,12 @@ class MomentSketch(Sketch):
         probes = self.range_sketch if self.shape.transposed else self.corange_sketch
         return probes / probes.shape[1] ** 0.5
 
+    def probed(self, columns: Float[Tensor, "O M"]) -> Float[Tensor, "N M"]:
+        """Return ``T columns`` for the test matrix T of `probes`."""
+        if self.shape.transposed:
+            return (columns.mT @ self.matrices.omega(self.shape)).mT / self.shape.width**0.5
+        return self.matrices.psi(self.shape).of(columns.mT).mT / self.shape.corange_width**0.5
+
     def leading(self, coefficients: Float[Tensor, " K"], rank: int) -> LowRank:
         """Return what is whitened of ``sum_k coefficients[k] G_k``: its rank-r part.
 
@@ -93,12 +99,7 @@ class MomentSketch(Sketch):
         of [1] there). On real gradients the estimate is 1.0 to 1.1 times the truth (docs/log.md).
         """
         count, fitted = len(probes), len(approximation.values)
-        left = approximation.left.mT
-        if self.shape.transposed:
-            probed = left @ self.matrices.omega(self.shape)
-        else:
-            probed = self.matrices.psi(self.shape).of(left)
-        left_over = probes - (probed.mT / count**0.5 * approximation.values) @ approximation.right
+        left_over = probes - (self.probed(approximation.left) * approximation.values) @ approximation.right
         squared = left_over.double().square().sum().item()
         if count == self.shape.out_features:
             return squared  # a full basis estimates nothing
@@ -167,7 +168,7 @@ _Whitener = Callable[[Tensor], Tensor]
 
 def whitened_gramian(layer: WithMoment, whitening: Whitening) -> Float[Tensor, "K K"]:
     """Return ``<H_j, H_k>``; float64. From a sketch, unbiased for the layer's estimate of C."""
-    probes = _whitener(layer, whitening)(layer.probes()).flatten(1).double()
+    probes = whitener(layer.moment, whitening)(layer.probes()).flatten(1).double()
     return probes @ probes.mT
 
 
@@ -178,7 +179,7 @@ def whitened_factorization(
 
     ``energy`` and ``missed`` are those of H, for the layer's estimate of C.
     """
-    whiten = _whitener(layer, whitening)
+    whiten = whitener(layer.moment, whitening)
     leading = layer.leading(coefficients, rank)
     probes = layer.probes()
     probes = whiten(torch.einsum("k,kni->ni", coefficients.to(probes), probes))
@@ -200,8 +201,9 @@ def descending(direction: LowRank, gradient: LowRank) -> LowRank:
     return replace(direction, slope=(gradient.values @ overlap @ direction.values).item())
 
 
-def _whitener(layer: WithMoment, whitening: Whitening) -> _Whitener:
-    spectrum = layer.moment.spectrum()
+def whitener(moment: Moment, whitening: Whitening) -> _Whitener:
+    """Return what multiplies rows by ``(C + c tr(C)/I)^(-p)``, for this estimate of C."""
+    spectrum = moment.spectrum()
     mean = spectrum.mean
     if mean == 0.0:  # a layer that has seen nothing
         return lambda rows: rows

@@ -187,7 +187,6 @@ def test_a_second_pass_tells_its_progress_as_a_phase_of_its_own(tmp_path):
     ("other", "message"),
     [
         ({"statistics": "exact"}, "exact statistics have no sketch error"),
-        ({"whitening": {}}, "whitening"),
         ({"retain_dataset_id": "ds_2"}, "retain"),
         ({"rounds": 2}, "rounds"),
     ],
