@@ -103,6 +103,11 @@ class TestMatrices:
         """Return ``rows @ psi.T`` in float32, computed once if several layers in turn have the same inputs."""
         return self._once("psi", (shape.longer, shape.corange_width), rows, self.psi(shape).of)
 
+    def moment_of(self, width: int, tokens: Float[Tensor, "*N I"]) -> Float[Tensor, "M I"]:
+        """Return ``moment.T @ tokens.T @ tokens`` in float32, computed once if several layers in turn have the same."""
+        size = (tokens.shape[-1], width)
+        return self._once("moment", size, tokens, lambda tokens: (tokens @ self.moment(*size)).mT @ tokens)
+
     def _once(self, role: str, size: tuple[int, int], rows: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
         last = self._last.get(role)
         if last is None or not last.is_of(rows, size):

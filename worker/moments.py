@@ -76,10 +76,13 @@ class Moment:
         """Return the moment that gave these tensors."""
         return Moment(test, tensors["moment"], tensors["trace"])
 
-    def add(self, tokens: Float[Tensor, "T I"]) -> None:
-        """Add tokens."""
+    def add(self, tokens: Float[Tensor, "T I"], products: Float[Tensor, "N I"] | None = None) -> None:
+        """Add tokens; ``products`` are theirs alone, where they are known."""
         tokens = tokens.float()
-        self.products.addmm_((tokens @ self.test).mT, tokens)
+        if products is None:
+            self.products.addmm_((tokens @ self.test).mT, tokens)
+        else:
+            self.products += products
         self.trace += tokens.square().sum().double()
 
     def spectrum(self) -> Spectrum:

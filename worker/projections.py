@@ -47,7 +47,7 @@ class FoldedMatrix:
 
 @dataclass(frozen=True)
 class Remembered:
-    """A product with a test matrix, and of which tensor it is; the tensor itself is not kept alive."""
+    """A product of a tensor, and of which one it is; the tensor itself is not kept alive."""
 
     storage: StorageWeakRef
     view: tuple[object, ...]
@@ -55,7 +55,7 @@ class Remembered:
 
     @staticmethod
     def of(rows: Tensor, size: tuple[int, int], product: Tensor) -> "Remembered":
-        """Return the product of a tensor as it is now with a matrix of this size."""
+        """Return the product of a tensor as it is now; ``size`` is that of what it was multiplied with."""
         return Remembered(StorageWeakRef(rows.untyped_storage()), _view(rows, size), product)
 
     def is_of(self, rows: Tensor, size: tuple[int, int]) -> bool:

@@ -25,6 +25,7 @@ from worker.halving import in_halves
 from worker.logprobs import sequence_logps, sequence_logps_and_gradient
 from worker.models import BaseModel
 from worker.objectives import Away, Basis, Counts, Scores, count, sequence_weights
+from worker.projections import Remembered
 from worker.sketching import LayerStatistics
 
 
@@ -68,6 +69,8 @@ class _Recorder:
     """0 at padding, where layers then get inputs of 0; None where that makes no difference to them."""
     weights: Float[Tensor, "K S"] | None = None
     only: Basis | None = None
+    masked: Remembered | None = None
+    """The inputs that were masked last."""
     skip: frozenset[_Added] = field(init=False)
     """What an earlier attempt has added, for more rows than these."""
 
@@ -87,10 +90,16 @@ class _Recorder:
             raise NumericalFailure(f"the gradient at the output of layer {name!r} is not finite; try dtype float32")
         inputs = self._by_sequence(name, inputs)
         if self.present is not None:
-            inputs = inputs * self.present.to(inputs)[..., None]
+            inputs = self._masked(inputs, self.present)
         output_grads = self._by_sequence(name, output_grads)
         self.layers[name].add(inputs, output_grads, self.weights.to(inputs.device), paired=self.paired)
         self.done.add((self.only, name))
+
+    def _masked(self, inputs: Float[Tensor, "S T _"], present: Int[Tensor, "S T"]) -> Float[Tensor, "S T _"]:
+        """Return a copy with zeros at padding; layers in turn with the same inputs share it, and its products."""
+        if self.masked is None or not self.masked.is_of(inputs, self.size):
+            self.masked = Remembered.of(inputs, self.size, inputs * present.to(inputs)[..., None])
+        return self.masked.product
 
     def check_complete(self) -> None:
         """Return if every layer has been added.
@@ -193,7 +202,8 @@ def gather(
 
     def run(part: Batch, done: set[_Added]) -> Scores:
         size = (part.input_ids.shape[0], part.input_ids.shape[1])
-        recorder = _Recorder(layers, done, part.paired, size, part.attention_mask if mask_inputs else None)
+        padded = mask_inputs and not bool(part.attention_mask.all())
+        recorder = _Recorder(layers, done, part.paired, size, part.attention_mask if padded else None)
         return _forward_and_backward(base, targets, recorder, part, bases, away, from_targets=from_targets)
 
     counts = Counts()

@@ -57,7 +57,8 @@ class MomentSketch(Sketch):
     ) -> None:
         """Add a batch to the gradients and to the moment."""
         super().add(inputs, output_grads, weights, paired=paired)
-        self.moment.add(inputs.flatten(0, -2))
+        tokens = inputs.flatten(0, -2)
+        self.moment.add(tokens, self.matrices.moment_of(_width(self.shape), tokens))
 
     @staticmethod
     def layout(shape: Shape, bases: int) -> dict[str, tuple[str, list[int]]]:

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from d2lora.initializations import LoraSpec, Sft, Whitening
+from d2lora.initializations import LoraSpec, Orpo, Sft, Whitening
 from tests.support.models import as_base, tiny_gpt2, tiny_llama
 from tests.support.reference import sft_loss, weight_gradients
 from tests.unit.worker.conftest import one_fold, reference_rows
@@ -17,6 +17,7 @@ from worker.whitening import MomentGradient, MomentSketch, whitened_factorizatio
 
 CPU = torch.device("cpu")
 WHITENING = Whitening(damping=0.1, power=0.5)
+SFT = [Sft()]
 SIDES = [(30, 50), (50, 30), (40, 40)]
 
 
@@ -75,18 +76,18 @@ def second_moments(model, names, rows):
     return {name: torch.cat(own).T @ torch.cat(own) for name, own in found.items()}
 
 
-def pass_over(model, rows, kind, *, width):
+def pass_over(model, rows, kind, *, width, objectives=SFT):
     targets = resolve_targets(model, lora_config(model, LoraSpec(r=2), base_model="tiny", revision=None))
     matrices = TestMatrices(0, CPU)
+    bases = bases_of(objectives)
     layers = {
-        name: kind.empty(Shape(*layer_sizes(module), min(width, *layer_sizes(module))), 1, matrices)
+        name: kind.empty(Shape(*layer_sizes(module), min(width, *layer_sizes(module))), len(bases), matrices)
         for name, module in targets.items()
     }
-    bases = bases_of([Sft()])
     batches = one_fold(rows, max_tokens=60)
-    assert not all(batch.attention_mask.all() for batch in batches)
+    assert len(rows) == 1 or not all(batch.attention_mask.all() for batch in batches)
     counts = gather(as_base(model), targets, layers, batches, bases, on_batch=lambda *_: None, mask_inputs=True)
-    return layers, objective_coefficients([Sft()], bases, counts)[0]
+    return layers, objective_coefficients(objectives, bases, counts)[0]
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -104,6 +105,28 @@ def test_one_pass_gives_the_dense_whitened_gradient(make, kind, tolerance):
         ours = reconstruct(whitened_factorization(layer, coefficients, min(expected.shape), WHITENING))
         full_basis = layer.moment.test.shape[1] == layer.shape.in_features
         assert (ours - expected).norm() < (tolerance if full_basis else 0.2) * expected.norm(), name
+
+
+@pytest.mark.parametrize("objectives", [SFT, [Orpo(nll="full_sequence")]])
+def test_padding_adds_nothing_and_layers_with_the_same_inputs_share_what_is_made_of_them(objectives, monkeypatch):
+    model, rows, products = tiny_llama(), reference_rows(7, paired=True), []
+    moment_of = TestMatrices.moment_of
+
+    def watched(*arguments):
+        products.append(moment_of(*arguments))
+        return products[-1]
+
+    monkeypatch.setattr(TestMatrices, "moment_of", watched)
+    padded, _ = pass_over(model, rows, MomentSketch, width=4, objectives=objectives)
+
+    # Query, key and value layers have the same inputs, and so have gate and up: four of seven are distinct.
+    assert 7 * len({id(one) for one in products}) == 4 * len(products)
+    alone = [pass_over(model, [row], MomentSketch, width=4, objectives=objectives)[0] for row in rows]
+
+    for name, layer in padded.items():
+        for part, tensor in layer.tensors().items():
+            expected = sum(one[name].tensors()[part] for one in alone)
+            torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("sides", SIDES)
