@@ -15,7 +15,8 @@ from sqlalchemy.orm import Session
 
 from d2lora.datasets import Dataset
 from d2lora.errors import NotFound
-from d2lora.initializations import Frozen, InitializationSpec
+from d2lora.initializations import Frozen, InitializationSpec, State
+from d2lora.kept_statistics import KeptStatistics
 from d2lora.roles import Role, extra_dataset_ids
 from d2lora.shards import ShardTask
 from d2lora.tables import DatasetRow, InitializationRow, ShardRow
@@ -59,6 +60,12 @@ class Outcome(Frozen):
     scores: dict[str, Any] | None = None
 
 
+class StoredStatistics(KeptStatistics):
+    """What a job keeps of its pass, and where."""
+
+    files: list[StoredFile]
+
+
 class Plan(StoredFile):
     """The object that says how a job was cut into shards."""
 
@@ -94,6 +101,8 @@ class Claim:
     """What the adapter is made from."""
     extras: Mapping[Role, StoredDataset]
     """What else the request names."""
+    statistics: StoredStatistics | None = None
+    """Of the job that the request is based on, if they are still there."""
     plan: Plan | None = None
     """Set when what is left is the build, from ``shards``."""
     shards: tuple[DoneShard, ...] = ()
@@ -115,10 +124,11 @@ class ShardClaim:
     inputs: list[StoredFile]
 
 
-def stored_dataset(session: Session, tenant: str, dataset_id: str) -> StoredDataset:
-    """Return a dataset; NotFound if this tenant has none of that ID."""
-    row = session.get(DatasetRow, dataset_id)
-    if row is None or row.tenant != tenant:
+def stored_dataset(session: Session, tenant: str, dataset_id: str, *, keep: bool = False) -> StoredDataset:
+    """Return a dataset; NotFound if this tenant has none of that ID. ``keep`` it until the transaction ends."""
+    # Shared with whoever else names the dataset, so that it is not deleted before this transaction ends.
+    row = session.get(DatasetRow, dataset_id, with_for_update={"read": True} if keep else None)
+    if row is None or row.tenant != tenant or row.deleted_at is not None:
         raise NotFound(f"there is no dataset {dataset_id!r}")
     return StoredDataset(Dataset.model_validate(row.resource), row.key)
 
@@ -143,6 +153,7 @@ def claim_of(session: Session, row: InitializationRow) -> Claim:
             role: stored_dataset(session, row.tenant, dataset_id)
             for role, dataset_id in extra_dataset_ids(spec).items()
         },
+        statistics=_statistics(session, row.tenant, spec.based_on),
         plan=None if row.plan is None else Plan.model_validate(row.plan),
         shards=tuple(done),
     )
@@ -160,6 +171,13 @@ def shard_claim_of(row: InitializationRow, shard: ShardRow) -> ShardClaim:
         task=_TASK.validate_python(shard.task),
         inputs=_files(shard),
     )
+
+
+def _statistics(session: Session, tenant: str, based_on: str | None) -> StoredStatistics | None:
+    row = None if based_on is None else session.get(InitializationRow, based_on)
+    if row is None or row.tenant != tenant or row.state != State.SUCCEEDED or row.statistics is None:
+        return None
+    return StoredStatistics.model_validate(row.statistics)
 
 
 def _files(shard: ShardRow) -> list[StoredFile]:

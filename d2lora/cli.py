@@ -142,11 +142,13 @@ def init(
     file, *others = _training_files([data, *(dataset or [])], column, format)
     files = _extra_files(extras, column)
     further = [f"local-{number}" for number in range(1, 1 + len(others))]
+    based_on, options["based_on"] = options["based_on"], options["based_on"] and "local"
     request = {
         "spec": build_spec(model, "local", options, dict.fromkeys(files, "local"), further).model_dump(mode="json"),
         "dataset": _described(file),
         "further": [_described(other) for other in others],
         "extras": {role: _described(file) for role, file in files.items()},
+        "based_on": based_on,
         "out": str(out),
     }
     result = _run_init(request)

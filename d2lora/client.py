@@ -78,6 +78,10 @@ class Client:
             )
         return _read(Dataset, response.json())
 
+    def delete_dataset(self, dataset_id: str) -> None:
+        """Delete a dataset, and all statistics kept of it."""
+        self._send("DELETE", f"/v1/datasets/{dataset_id}")
+
     def submit(self, spec: InitializationSpec, *, idempotency_key: str | None = None) -> Initialization:
         """Ask for an adapter. Without a key of yours a fresh one makes the tries of this call count once."""
         response = self._send(

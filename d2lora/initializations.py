@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from d2lora.errors import Problem
+from d2lora.kept_statistics import KeptStatistics
 from d2lora.methods import NEEDS_FLOAT, Method, Orthogonal, Warmup
 from d2lora.objectives import (
     Combination,
@@ -161,6 +162,15 @@ class InitializationSpec(Frozen):
         default=None, description="load the base model's linear layers in so many bits; the adapter fits any precision"
     )
     seed: int = Field(default=0, ge=0, lt=2**31)
+    keep_statistics: bool = Field(
+        default=False, description="keep the gradient statistics beside the result, for later requests to be based on"
+    )
+    based_on: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=64,
+        description="an initialization that kept its statistics: rows that it has passed are not passed again",
+    )
     metadata: dict[str, str] = Field(default={}, max_length=16, description="kept and returned, never interpreted")
 
     @property
@@ -203,6 +213,17 @@ class InitializationSpec(Frozen):
     def _rounds_take_steps(self) -> "InitializationSpec":
         if self.rounds > 1 and self.start == "zero":
             raise ValueError("rounds: a zero start takes no step from which another round could begin")
+        return self
+
+    @model_validator(mode="after")
+    def _statistics_are_those_of_one_pass(self) -> "InitializationSpec":
+        ours = [name for name in ("keep_statistics", "based_on") if getattr(self, name)]
+        if ours and self.rounds > 1:
+            raise ValueError(f"{ours[-1]}: not offered together with rounds, each of which has statistics of its own")
+        if ours and self.datasets is not None:
+            raise ValueError(f"{ours[-1]}: not offered together with datasets")
+        if self.based_on is not None and self.second_pass_above is not None:
+            raise ValueError("based_on: not offered together with second_pass_above, which passes all rows again")
         return self
 
     @model_validator(mode="after")
@@ -260,6 +281,8 @@ _GRADIENT_ONLY = {
     "statistics",
     "second_pass_above",
     "rounds",
+    "keep_statistics",
+    "based_on",
 }
 """Fields of a request that only our own method reads."""
 
@@ -351,6 +374,7 @@ class Initialization(Frozen):
     expired_at: datetime | None = None
     error: Problem | None = None
     result: Result | None = None
+    statistics: KeptStatistics | None = None
 
 
 class AdapterFile(ResultFile):

@@ -11,7 +11,18 @@ from pydantic import ValidationError
 from sqlalchemy import Engine, Select, delete, func, select
 from sqlalchemy.orm import Session
 
-from d2lora.claims import Claim, Outcome, Plan, ShardClaim, Stage, Standing, StoredFile, claim_of, shard_claim_of
+from d2lora.claims import (
+    Claim,
+    Outcome,
+    Plan,
+    ShardClaim,
+    Stage,
+    Standing,
+    StoredFile,
+    StoredStatistics,
+    claim_of,
+    shard_claim_of,
+)
 from d2lora.database import now, reading, writing
 from d2lora.errors import Problem, WorkerLost
 from d2lora.initializations import InitializationSpec, Progress, Result, State
@@ -160,8 +171,10 @@ class Leases:
 
     # Settling
 
-    def succeed(self, claim: Claim, result: Result, prefix: str) -> bool:
-        """Settle a job with its result; False if the claim is lost, or the job was to be cancelled and now is.
+    def succeed(self, claim: Claim, result: Result, prefix: str, statistics: StoredStatistics | None = None) -> bool:
+        """Settle a job with its result and the statistics that it keeps.
+
+        False if the claim is lost, or the job was to be cancelled and now is.
 
         Saying it again is no error: a commit that broke off may have happened or not.
         """
@@ -174,6 +187,7 @@ class Leases:
                 move(session, row, State.CANCELLED)
                 return False
             row.result, row.prefix = result.model_dump(mode="json"), prefix
+            row.statistics = None if statistics is None else statistics.model_dump(mode="json")
             move(session, row, State.SUCCEEDED)
             return True
 

@@ -51,6 +51,15 @@ _OPTIONS: dict[str, Any] = {
         typer.Option(help="gather layers of a larger relative sketch error twice; 0 for all (default: none)"),
     ],
     "rounds": Annotated[int | None, typer.Option(help="steps at most, each from statistics of its own (default: 1)")],
+    "keep_statistics": Annotated[
+        bool | None, typer.Option("--keep-statistics", help="keep gradient statistics for later --based-on")
+    ],
+    "based_on": Annotated[
+        str | None,
+        typer.Option(
+            help="an initialization that kept its statistics, for init its directory: its rows are not passed again"
+        ),
+    ],
     "max_length": Annotated[int | None, typer.Option(help="tokens of a sequence (default: 1024)")],
     "max_tokens_per_batch": Annotated[int | None, typer.Option(help="padded tokens of one forward")],
     "dtype": Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16 (default: auto)")],

@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 
 from d2lora.database import now, reading, writing
 from d2lora.initializations import State
-from d2lora.tables import InitializationRow, LeaderRow, OutboxRow, ShardRow
+from d2lora.tables import DatasetRow, InitializationRow, LeaderRow, OutboxRow, ShardRow
 from d2lora.transitions import free_job, free_shard, lock, move, wake
 
 _MOST = 500
@@ -38,6 +38,16 @@ class Leftover:
     attempts: int
     kept: str | None
     """Prefix of the result."""
+    keeps_statistics: bool = False
+    """Whether those beside the result are kept too."""
+
+
+@dataclass(frozen=True)
+class DeletedDataset:
+    """A dataset that nobody may see any longer."""
+
+    id: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ class Outbox:
             rows = list(session.scalars(old.limit(limit).with_for_update(skip_locked=True)))
             for row in rows:
                 move(session, row, State.EXPIRED)
-                row.prefix, row.cleaned = None, False
+                row.prefix, row.statistics, row.cleaned = None, None, False
             return len(rows)
 
     def leftovers(self, *, settled_for: timedelta, limit: int = 100) -> list[Leftover]:
@@ -165,7 +175,8 @@ class Outbox:
             query = select(row).where(row.state.in_(_TERMINAL), row.cleaned.is_(False))
             query = query.where(or_(row.state == State.EXPIRED, ended <= now(session) - settled_for))
             return [
-                Leftover(one.id, one.tenant, one.attempt, one.prefix) for one in session.scalars(query.limit(limit))
+                Leftover(one.id, one.tenant, one.attempt, one.prefix, one.statistics is not None)
+                for one in session.scalars(query.limit(limit))
             ]
 
     def cleaned(self, leftover: Leftover) -> None:
@@ -173,7 +184,19 @@ class Outbox:
         with writing(self._engine) as session:
             row = lock(session, leftover.id)
             session.execute(delete(ShardRow).where(ShardRow.initialization_id == leftover.id))
-            row.cleaned = row.prefix == leftover.kept  # otherwise it has expired meanwhile
+            # Otherwise it has expired meanwhile, or its dataset was deleted.
+            row.cleaned = (row.prefix, row.statistics is not None) == (leftover.kept, leftover.keeps_statistics)
+
+    def deleted_datasets(self, *, limit: int = 100) -> list[DeletedDataset]:
+        """Return datasets that were deleted and whose bytes are to be removed."""
+        with reading(self._engine) as session:
+            query = select(DatasetRow).where(DatasetRow.deleted_at.is_not(None)).order_by(DatasetRow.id).limit(limit)
+            return [DeletedDataset(row.id, row.key) for row in session.scalars(query)]
+
+    def forget(self, dataset: DeletedDataset) -> None:
+        """Forget a deleted dataset whose bytes have been removed."""
+        with writing(self._engine) as session:
+            session.execute(delete(DatasetRow).where(DatasetRow.id == dataset.id, DatasetRow.deleted_at.is_not(None)))
 
     def census(self) -> Census:
         """Return the counts that the metrics tell."""

@@ -30,6 +30,11 @@ def initialization_prefix(tenant: str, initialization_id: str, attempt: int) -> 
     return f"t/{tenant}/initializations/{initialization_id}/{attempt}/"
 
 
+def statistics_prefix(prefix: str) -> str:
+    """Return what the keys of kept statistics begin with, for a result whose keys begin with ``prefix``."""
+    return f"{prefix}statistics/"
+
+
 def shards_prefix(tenant: str, initialization_id: str) -> str:
     """Return what the keys of a job's shards begin with: their inputs and sums, which go when the job ends."""
     return f"t/{tenant}/initializations/{initialization_id}/shards/"

@@ -19,6 +19,7 @@ from d2lora.database import now, open_engine, reading, writing
 from d2lora.datasets import Dataset
 from d2lora.errors import Conflict, IdempotencyMismatch, NotFound
 from d2lora.initializations import Frozen, Initialization, InitializationSpec, Phase, Progress, State
+from d2lora.kept_statistics import KeptStatistics
 from d2lora.leases import Leases
 from d2lora.outbox import Outbox
 from d2lora.paging import page
@@ -78,9 +79,33 @@ class Store:
     def datasets(self, tenant: str, *, limit: int, cursor: str | None = None) -> tuple[list[Dataset], str | None]:
         """Return a page of datasets, newest first, and the cursor of the next one."""
         with reading(self._engine) as session:
-            query = select(DatasetRow).where(DatasetRow.tenant == tenant)
+            query = select(DatasetRow).where(DatasetRow.tenant == tenant, DatasetRow.deleted_at.is_(None))
             rows, following = page(session, query, DatasetRow, limit, cursor)
             return [Dataset.model_validate(row.resource) for row in rows], following
+
+    def delete_dataset(self, tenant: str, dataset_id: str) -> None:
+        """Delete a dataset, and with it all statistics that jobs have kept of it; their bytes are removed soon.
+
+        Adapters stay until they expire.
+
+        Raises:
+            NotFound: this tenant has none of that ID.
+            Conflict: a job that has not ended needs it.
+        """
+        with writing(self._engine) as session:
+            row = session.get(DatasetRow, dataset_id, with_for_update=True, populate_existing=True)
+            if row is None or row.tenant != tenant or row.deleted_at is not None:
+                raise NotFound(f"there is no dataset {dataset_id!r}")
+            job = InitializationRow
+            jobs = select(job).where(job.tenant == tenant)
+            keeping = jobs.where(job.statistics.is_not(None)).with_for_update()
+            affected = {one.id: one for one in session.scalars(keeping) if _mentions(one.spec, dataset_id)}
+            for one in session.scalars(jobs.where(job.state.not_in([state for state in State if state.is_terminal]))):
+                if _mentions(one.spec, dataset_id) or one.spec.get("based_on") in affected:
+                    raise Conflict(f"dataset {dataset_id} is in use by {one.id}; cancel that one, or wait for its end")
+            for one in affected.values():
+                one.statistics, one.cleaned = None, False
+            row.deleted_at = now(session)
 
     # What clients do
 
@@ -119,7 +144,7 @@ class Store:
                     return _resource(session, _get(session, tenant, used.initialization_id)), False
             named = [dataset.dataset_id for dataset in spec.training.values()]
             for dataset_id in (*named, *extra_dataset_ids(spec).values()):
-                stored_dataset(session, tenant, dataset_id)
+                stored_dataset(session, tenant, dataset_id, keep=True)
             moment = now(session)
             row = InitializationRow(
                 id=new_id("init", moment),
@@ -211,7 +236,8 @@ class Store:
 
 def _stored(spec: InitializationSpec) -> dict[str, Any]:
     """Return a request with its defaults, but for options that are off: a worker of an earlier version lacks them."""
-    return spec.model_dump(mode="json", exclude_none=True, exclude={"rounds"} if spec.rounds == 1 else set())
+    off = {name for name, value in (("rounds", 1), ("keep_statistics", False)) if getattr(spec, name) == value}
+    return spec.model_dump(mode="json", exclude_none=True, exclude=off)
 
 
 def _digest(spec: InitializationSpec) -> str:
@@ -238,12 +264,27 @@ def new_id(kind: str, moment: datetime) -> str:
 
 
 def _resource(session: Session, row: InitializationRow) -> Initialization:
-    names = Initialization.model_fields.keys() - {"object", "progress"}
+    names = Initialization.model_fields.keys() - {"object", "progress", "statistics"}
     progress = _gathered(session, row) if row.stage == Stage.SHARDS else row.progress
     # A newer version may know of fields that this one does not; during an upgrade both serve.
     return Initialization.model_validate(
-        {"progress": progress} | {name: getattr(row, name) for name in names}, extra="ignore"
+        {"progress": progress, "statistics": _without_places(row)} | {name: getattr(row, name) for name in names},
+        extra="ignore",
     )
+
+
+def _without_places(row: InitializationRow) -> dict[str, Any] | None:
+    """Return what clients see of kept statistics."""
+    return row.statistics and {name: row.statistics[name] for name in KeptStatistics.model_fields}
+
+
+def _mentions(value: object, dataset_id: str) -> bool:
+    """Whether a request names a dataset, in whichever field, also one that a later version has added."""
+    if isinstance(value, dict):
+        return any(_mentions(inner, dataset_id) for name, inner in value.items() if name != "metadata")
+    if isinstance(value, list):
+        return any(_mentions(inner, dataset_id) for inner in value)
+    return value == dataset_id
 
 
 def _gathered(session: Session, row: InitializationRow) -> dict[str, Any] | None:

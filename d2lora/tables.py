@@ -62,6 +62,8 @@ class DatasetRow(Table):
     resource: Mapped[dict[str, Any]] = mapped_column(JSON)
     key: Mapped[str] = mapped_column(String(512))
     """Where its bytes are in the object storage."""
+    deleted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """Set when nobody may see it any longer; its bytes and this row are removed soon."""
 
     __table_args__ = (Index("ix_datasets_tenant_created_at_id", "tenant", "created_at", "id"),)
 
@@ -96,6 +98,8 @@ class InitializationRow(Table):
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     prefix: Mapped[str | None] = mapped_column(String(512))
     """Where the files of a succeeded one are."""
+    statistics: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """What it keeps of its pass, and where; see `d2lora.claims.StoredStatistics`."""
     woken_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     """When a wake-up for it was last put into the outbox."""
     cleaned: Mapped[bool] = mapped_column(Boolean, default=False)

@@ -9,7 +9,15 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from d2lora.datasets import Dataset, DatasetFile, DatasetLimits, Format, inspect
-from d2lora.errors import DatasetInvalid, NotFound, RequestInvalid, RequestTooLarge, StorageFull, StorageUnavailable
+from d2lora.errors import (
+    Conflict,
+    DatasetInvalid,
+    NotFound,
+    RequestInvalid,
+    RequestTooLarge,
+    StorageFull,
+    StorageUnavailable,
+)
 from d2lora.initializations import Frozen
 from d2lora.settings import ServiceSettings
 from d2lora.storage import ObjectStorage, dataset_key
@@ -96,6 +104,12 @@ def list_datasets(
 def get_dataset(dataset_id: str, tenant: Tenant, store: StoreDependency) -> Dataset:
     """Return one dataset."""
     return store.dataset(tenant, dataset_id).dataset
+
+
+@router.delete("/{dataset_id}", status_code=204, operation_id="deleteDataset", responses=responses(NotFound, Conflict))
+def delete_dataset(dataset_id: str, tenant: Tenant, store: StoreDependency) -> None:
+    """Delete a dataset that no unfinished initialization names, and all statistics kept of it; adapters stay."""
+    store.delete_dataset(tenant, dataset_id)
 
 
 def _format_of(request: Request) -> Format:

@@ -18,7 +18,7 @@ from d2lora.errors import BrokerUnavailable, D2LoraError, StoreUnavailable
 from d2lora.outbox import Leftover, Outbox
 from d2lora.queue import Publisher
 from d2lora.settings import BrokerSettings, DispatchSettings
-from d2lora.storage import ObjectStorage, initialization_prefix, shards_prefix
+from d2lora.storage import ObjectStorage, initialization_prefix, shards_prefix, statistics_prefix
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,13 @@ class Dispatcher:
                 continue
             self._outbox.cleaned(leftover)
             tidied += 1
+        for dataset in self._outbox.deleted_datasets():
+            try:
+                self._storage.delete_prefix(dataset.key)
+            except D2LoraError as error:
+                log.warning("tidy_failed id=%s code=%s", dataset.id, error.code)
+                break  # the next look comes soon
+            self._outbox.forget(dataset)
         if expired or tidied:
             log.info("tidied expired=%d jobs=%d", expired, tidied)
 
@@ -128,6 +135,8 @@ class Dispatcher:
         for prefix in [*prefixes, shards_prefix(leftover.tenant, leftover.id)]:
             if prefix != leftover.kept:
                 self._storage.delete_prefix(prefix)
+        if leftover.kept is not None and not leftover.keeps_statistics:
+            self._storage.delete_prefix(statistics_prefix(leftover.kept))
 
     def _wake_forgotten(self, publisher: Publisher) -> int:
         silent_for = timedelta(seconds=2 * self._settings.reconcile_seconds)

@@ -10,6 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from d2lora.based_on import obstacle
 from d2lora.datasets import Dataset
 from d2lora.errors import (
     Conflict,
@@ -72,6 +73,7 @@ def create_initialization(
 ) -> Initialization:
     """Queue an initialization; a repeated Idempotency-Key returns the first one again."""
     _check_datasets(spec, tenant, store)
+    _check_base(spec, tenant, store)
     try:
         check_base_model(spec.base_model, settings.models)
     except ModelError as error:
@@ -220,6 +222,20 @@ def _check_trainer(trainer: str, dataset: Dataset) -> None:
     if trainer not in dataset.objectives:
         detail = f"method.warmup_dataset_id: trainer {trainer} needs {rows_needed(trainer)}"
         raise ObjectiveUnavailable(detail, errors=[ProblemItem(detail=detail, pointer="#/method/warmup_dataset_id")])
+
+
+def _check_base(spec: InitializationSpec, tenant: str, store: Store) -> None:
+    """Raise, naming the field, unless the request can go on from the job that it is based on."""
+    if spec.based_on is None:
+        return
+    try:
+        found = obstacle(spec, store.get(tenant, spec.based_on))
+    except NotFound:
+        found = "based_on", f"there is no initialization {spec.based_on!r}"
+    if found is not None:
+        field, why = found
+        detail = f"{field}: {why}"
+        raise RequestInvalid(detail, errors=[ProblemItem(detail=detail, pointer=f"#/{field.replace('.', '/')}")])
 
 
 def _dataset(dataset_id: str, field: str, tenant: str, store: Store) -> Dataset:

@@ -1,8 +1,8 @@
 """``python -m worker run``: work on jobs until told to stop; ``alive``: whether it does; ``init``: one adapter alone.
 
-``init`` reads one JSON object from standard input (spec, dataset, further datasets, extras by role, out) and writes
-JSON lines to standard output: ``{"progress": ...}`` while it works, then ``{"result": ...}`` or ``{"problem": ...}``;
-it exits with 0 or 1.
+``init`` reads one JSON object from standard input (spec, dataset, further datasets, extras by role, based_on, out) and
+writes JSON lines to standard output: ``{"progress": ...}`` while it works, then ``{"result": ...}`` or
+``{"problem": ...}``; it exits with 0 or 1.
 """
 
 import json
@@ -27,7 +27,7 @@ from d2lora.settings import BrokerSettings, DatabaseSettings, WorkerSettings
 from worker.heartbeat import heartbeat_file, is_fresh
 from worker.process import RealWork, open_runner
 from worker.runner import Recycle, Runner
-from worker.units import Split
+from worker.units import BASE, KEPT, KEPT_INDEX, Split
 
 log = logging.getLogger("worker")
 
@@ -127,12 +127,15 @@ def _init(request: dict[str, Any]) -> Result:
         dataset = _file("dataset", request["dataset"])
         further = [_file("further", file) for file in request.get("further", [])]
         extras = {Role(role): _file(role, file) for role, file in request.get("extras", {}).items()}
+        base = None if request.get("based_on") is None else _linked(Path(request["based_on"]), workplace)
         result: Result | Split
         if further:
             result = work.initialize_jointly(spec, [dataset, *further], workplace, _say_progress)
         else:
             result = work.initialize(spec, dataset, extras, workplace, _say_progress)
         assert isinstance(result, Result)
+        if base is not None:
+            base.unlink()
         workplace.chmod(0o755)  # mkdtemp's is for the owner alone
         if out.exists():
             out.rmdir()
@@ -141,6 +144,14 @@ def _init(request: dict[str, Any]) -> Result:
         shutil.rmtree(workplace, ignore_errors=True)
         raise
     return result
+
+
+def _linked(earlier: Path, workplace: Path) -> Path:
+    """Return where the statistics beside an earlier adapter are found by the request that is based on it."""
+    if not (earlier / KEPT / KEPT_INDEX).is_file():
+        raise RequestInvalid(f"based_on: {str(earlier)!r} has no statistics; it was made without keep_statistics")
+    (workplace / BASE).symlink_to((earlier / KEPT).absolute())
+    return workplace / BASE
 
 
 def _file(name: str, value: dict[str, Any]) -> DatasetFile:

@@ -96,7 +96,7 @@ def encode_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, max_
         truncated += any(len(sequence.input_ids) > max_length for sequence in sequences)
         rejected = cut[1] if len(cut) == 2 else None
         desirable = row.label if isinstance(row, UnpairedPreferenceRow) else None
-        examples.append(Example(_digest(cut, desirable), cut[0], rejected, desirable))
+        examples.append(Example(digest_of(cut, desirable), cut[0], rejected, desirable))
     missing = [label for label in (True, False) if {one.desirable for one in examples} == {not label}]
     if not examples or missing:
         what = f"row with label {str(missing[0]).lower()}" if missing else "row"
@@ -113,7 +113,7 @@ def needed(examples: Sequence[Example], objectives: Sequence[Objective]) -> Sequ
     if not all(isinstance(objective, Sft) for objective in objectives):
         return examples
     return [
-        replace(one, digest=_digest([one.chosen], None), rejected=None) if one.rejected else one for one in examples
+        replace(one, digest=digest_of([one.chosen], None), rejected=None) if one.rejected else one for one in examples
     ]
 
 
@@ -280,7 +280,8 @@ def _why_drop(sequences: list[TokenSequence], cut: list[TokenSequence]) -> str |
     return None
 
 
-def _digest(sequences: list[TokenSequence], desirable: bool | None) -> str:  # noqa: FBT001  # a row's label
+def digest_of(sequences: Sequence[TokenSequence], desirable: bool | None) -> str:  # noqa: FBT001  # a row's label
+    """Return the sha256 over a row's tokens and masks, and its label."""
     content: list[Any] = [(sequence.input_ids, sequence.completion_mask) for sequence in sequences]
     return hashlib.sha256(repr([*content, *([] if desirable is None else [desirable])]).encode()).hexdigest()
 

@@ -24,6 +24,7 @@ from worker.report import (
     CalibrationReport,
     ObjectiveReport,
     Report,
+    Reuse,
     RoundReport,
     RoundsReport,
     TrialReport,
@@ -53,6 +54,9 @@ class Intake(Frozen):
     supervision: Supervision
     mean_tokens: dict[str, float]
     warnings: list[str]
+    reuse: Reuse | None = None
+    decisive: str | None = None
+    """Digest of what decides the adapter beside the request and the rows, if anything does."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -158,6 +162,7 @@ def make_gradient_report(
             "retained": built.retained,
         },
         shards=shards,
+        reuse=rows.reuse,
         objectives=[
             ObjectiveReport(
                 type=objective.type,
@@ -273,7 +278,10 @@ def _mean_tokens(examples: Sequence[Example]) -> dict[str, float]:
 
 def fingerprint(spec: InitializationSpec, rows: Intake, *, base_identity: str, dtype: str) -> str:
     """Return the sha256 over all that decides the adapter; equal requests have equal fingerprints."""
-    decisive = without_dataset_ids(spec.model_dump(exclude={"base_model", "revision", "metadata"}))
+    # How statistics were come by decides nothing.
+    decisive = without_dataset_ids(
+        spec.model_dump(exclude={"base_model", "revision", "metadata", "keep_statistics", "based_on"})
+    )
     if spec.adapters is None:
         decisive.pop("adapters", None)  # so that requests without it keep the fingerprint that they had before it
     content = {
@@ -285,4 +293,6 @@ def fingerprint(spec: InitializationSpec, rows: Intake, *, base_identity: str, d
         "dtype": dtype,
         "versions": versions(),
     }
+    if rows.decisive is not None:
+        content["decisive"] = rows.decisive
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

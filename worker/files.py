@@ -1,17 +1,18 @@
 """A unit's files between its directory and the object storage."""
 
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2lora.claims import Claim, Plan, ShardClaim, StoredDataset, StoredFile
+from d2lora.claims import Claim, Plan, ShardClaim, StoredDataset, StoredFile, StoredStatistics
 from d2lora.datasets import DatasetFile
 from d2lora.errors import ChecksumMismatch, NotFound, ShardGone
 from d2lora.roles import Role
 from d2lora.shards import StatisticsTask
-from d2lora.storage import ObjectStorage, shards_prefix
-from worker.units import ROWS, Split
+from d2lora.storage import ObjectStorage, shards_prefix, statistics_prefix
+from worker.units import BASE, KEPT, KEPT_INDEX, ROWS, KeptHead, Split
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,29 @@ class Files:
             raise ShardGone(f"a shard's file {file.name} is gone; the job begins anew") from error
         return path
 
+    def based_on(self, statistics: StoredStatistics, check: Callable[[], None]) -> None:
+        """Fetch the statistics that a request is based on; ones that are gone or damaged are not there then."""
+        try:
+            for file in statistics.files:
+                check()
+                self._fetch(file.key, self._below(BASE) / file.name, file.sha256)
+        except (NotFound, ChecksumMismatch):
+            shutil.rmtree(self.directory / BASE)
+
+    def kept(self, prefix: str) -> tuple[StoredStatistics, list[tuple[Path, StoredFile]]]:
+        """Return what a job keeps beside its result, and what is to be stored for it."""
+        directory = self.directory / KEPT
+        head = KeptHead.model_validate_json((directory / KEPT_INDEX).read_bytes(), extra="ignore")
+        paths = [directory / name for name in head.files]
+        files = [(path, _stored(path, statistics_prefix(prefix))) for path in paths]
+        size = sum(path.stat().st_size for path in paths)
+        return StoredStatistics(r=head.r, rows=head.rows, size=size, files=[file for _, file in files]), files
+
     def put(self, path: Path, prefix: str, name: str | None = None) -> StoredFile:
         """Store a file below a prefix; ``name`` is the one that its reader expects, if it is another."""
-        with path.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        self.storage.put_file(prefix + path.name, path, sha256)
-        return StoredFile(name=name or path.name, key=prefix + path.name, sha256=sha256)
+        stored = _stored(path, prefix, name)
+        self.storage.put_file(stored.key, path, stored.sha256)
+        return stored
 
     def put_split(
         self, claim: Claim, split: Split, check: Callable[[], None]
@@ -85,6 +103,12 @@ class Files:
         path = self.directory / name
         path.mkdir(exist_ok=True)
         return path
+
+
+def _stored(path: Path, prefix: str, name: str | None = None) -> StoredFile:
+    with path.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return StoredFile(name=name or path.name, key=prefix + path.name, sha256=sha256)
 
 
 def split_prefix(claim: Claim) -> str:

@@ -7,6 +7,7 @@ the adapter from what they left.
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
@@ -17,6 +18,7 @@ from d2lora.settings import WorkerSettings
 from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
 from worker import models
 from worker.adapters import write_adapter
+from worker.calibration import alone
 from worker.clock import Clock
 from worker.data import Example, encode_rows, needed
 from worker.evaluation import measure, read_evaluation, read_extra
@@ -27,6 +29,7 @@ from worker.model_cache import Loader
 from worker.objectives import resolve_objectives
 from worker.peft_initialization import initialize_by_peft
 from worker.pipeline import BuiltAdapter, adapter_from, build_adapter
+from worker.rebuilding import Rebuild, complete, keep_pass, kept_for, load_same, plan_rebuild
 from worker.retaining import restraint_from
 from worker.shard_files import damaged, read_batches, sha256
 from worker.sharding import count_tokens, gather_shard, merge, read_plan, split
@@ -59,7 +62,8 @@ def initialize(
     """
     check_given(spec, extras)
     clock = Clock(on_progress)
-    subject = load_subject(spec, settings, load, clock)
+    kept = kept_for(out, spec)
+    subject = load_same(kept, spec, settings, load, clock)
     base, targets = subject.base, subject.targets
     clock(Phase.READING, 0, 1)
     max_length, warnings = length_limit(base, spec)
@@ -74,6 +78,10 @@ def initialize(
     files = [("dataset", dataset), *((str(role), extra) for role, extra in extras.items())]
     columns = {name: dict(file.columns) for name, file in files if file.columns}
     rows = intake(encoded, sha256=sha256(dataset.path), extras=digests, columns=columns, warnings=warnings)
+    rebuild: Rebuild | None = None
+    if kept is not None:
+        rebuild = plan_rebuild(kept, base, targets, spec, encoded.examples, objectives, settings=settings)
+        rows = rows.model_copy(update={"reuse": rebuild.reuse, "decisive": rebuild.decisive})
     clock(Phase.READING, 1, 1)
 
     if general is not None:
@@ -93,7 +101,7 @@ def initialize(
     if not isinstance(spec.method, str):
         return initialize_by_peft(subject, spec, encoded, rows, evaluation, out=out, settings=settings, clock=clock)
     # Later passes depend on what the earlier ones found, and retain rows are measured here, so such jobs stay whole.
-    whole = spec.rounds > 1 or spec.second_pass_above is not None or retain is not None
+    whole = spec.rounds > 1 or spec.second_pass_above is not None or retain is not None or rebuild is not None
     if may_split and not whole and count_tokens(needed(encoded.examples, objectives)) > settings.shard_tokens:
         return split(
             base,
@@ -114,17 +122,26 @@ def initialize(
         pad_token_id=base.pad_token_id,
         on_progress=clock,
     )
+    keep = partial(keep_pass, out, base, spec, rebuild) if spec.keep_statistics else None
     with _statistics_directory(out) as directory:
-        built = build_adapter(
-            base,
-            targets,
-            spec,
-            encoded.examples,
-            settings=settings,
-            directory=directory,
-            on_progress=clock,
-            restraint=restraint,
-        )
+        if rebuild is None:
+            built = build_adapter(
+                base,
+                targets,
+                spec,
+                encoded.examples,
+                settings=settings,
+                directory=directory,
+                on_progress=clock,
+                restraint=restraint,
+                on_pass=keep,
+            )
+        else:
+            one_pass = complete(
+                rebuild, base, targets, settings=settings, directory=directory, on_progress=clock, on_pass=keep
+            )
+            evaluators = [alone(base, targets, objectives, clock)]
+            built = adapter_from([one_pass], spec, evaluators=evaluators, on_progress=clock, restraint=restraint)
     return _deliver(subject, spec, rows, built, evaluation, shards=1, out=out, settings=settings, clock=clock)
 
 
@@ -210,7 +227,8 @@ def finish(
 
     objectives = resolve_objectives(spec.objectives, planned.rows.supervision)
     with _statistics_directory(out) as directory:
-        one_pass = merge(base, targets, spec, planned, shards, directory=directory, on_progress=clock)
+        keep = partial(keep_pass, out, base, spec, None) if spec.keep_statistics else None
+        one_pass = merge(base, targets, spec, planned, shards, directory=directory, on_progress=clock, on_pass=keep)
         evaluator = shared(
             share, planned.base, objectives, directory=directory, pad_token_id=base.pad_token_id, on_progress=clock
         )

@@ -7,7 +7,7 @@ Shape legend
     J  objectives    K  bases
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -40,7 +40,7 @@ from worker.factors import (
 from worker.gathering import Gathered, deal_batches, gather_statistics, kind_of_sums, sketch_shapes
 from worker.matrices import TestMatrices
 from worker.models import BaseModel
-from worker.objectives import Basis, bases_of, resolve_objectives
+from worker.objectives import Basis, Scores, bases_of, resolve_objectives
 from worker.points import first_point
 from worker.retaining import Restraint, restrain
 from worker.rounds import Rounds, Surroundings, further_rounds
@@ -48,6 +48,9 @@ from worker.second_pass import inaccurate_layers, refined, step_along
 from worker.sketch_files import load as load_statistics
 from worker.statistics import Statistics
 from worker.units import OnProgress
+
+OnPass = Callable[[Sequence[tuple[Batch, Scores]], Sequence[Path]], None]
+"""Told of all batches of a pass with their scores, and of the file of every fold's sums."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,11 @@ def build_adapter(
     directory: Path,
     on_progress: OnProgress,
     restraint: Restraint | None = None,
+    on_pass: OnPass | None = None,
 ) -> BuiltAdapter:
     """Return the adapter for these rows; statistics wait in ``directory`` between the stages.
+
+    ``on_pass`` is told of all batches with their scores, and of the file of every fold's sums.
 
     Raises:
         ObjectiveUnavailable: an objective needs what the rows do not have.
@@ -104,6 +110,8 @@ def build_adapter(
     gathered = gather_statistics(
         base, targets, spec, batches, bases, settings=settings, directory=directory, on_progress=on_progress
     )
+    if on_pass is not None:
+        on_pass(list(zip(batches, gathered.scores, strict=True)), list(gathered.sums.values()))
     one_pass = pass_of(base, spec, objectives, batches, gathered)
     built = adapter_from(
         [one_pass],

@@ -150,6 +150,16 @@ class WarmupReport(Frozen):
     """Layer -> |s B A| / |W| as delivered, Frobenius norms."""
 
 
+class Reuse(Frozen):
+    """What an adapter takes from the statistics of an earlier job."""
+
+    based_on: str
+    sketch_r: int
+    """The rank that the sketches were made for."""
+    rows_reused: int
+    rows_passed: int
+
+
 class Report(Frozen):
     """Everything that was measured on the way to the adapter."""
 
@@ -183,6 +193,8 @@ class Report(Frozen):
     layers: dict[str, LayerReport] = Field(default={})
     left_out: list[LeftOut] = Field(default=[])
     """What the adapter leaves as it is though it holds weight matrices, but for embeddings and the head."""
+    reuse: Reuse | None = None
+    """Where the statistics of an earlier job were used."""
     peft: PeftReport | None = None
     """Instead of objectives, calibration and layers, where the method is one of PEFT's."""
     warmup: WarmupReport | None = None

@@ -108,6 +108,8 @@ class Runner:
 
     def _do_whole(self, claim: Claim, files: Files, watch: Watch) -> str:
         datasets, extras = [files.dataset(stored) for stored in claim.datasets], files.extras(claim)
+        if claim.statistics is not None:
+            files.based_on(claim.statistics, watch.check)
         done: Result | Split
         if len(datasets) > 1:
             done = self.work.initialize_jointly(claim.spec, datasets, files.directory, watch.progress)
@@ -172,8 +174,9 @@ class Runner:
     def _publish(self, claim: Claim, result: Result, files: Files, watch: Watch) -> str:
         watch.publish()
         prefix = initialization_prefix(claim.tenant, claim.id, claim.attempt)
-        publish(result, files.directory, self.storage, prefix)
-        outcome = self._settle(lambda: self.leases.succeed(claim, result, prefix), "succeeded")
+        statistics, beside = files.kept(prefix) if claim.spec.keep_statistics else (None, [])
+        publish(result, files.directory, self.storage, prefix, beside)
+        outcome = self._settle(lambda: self.leases.succeed(claim, result, prefix, statistics), "succeeded")
         if outcome == "lost":
             self.storage.delete_prefix(prefix)
         return outcome

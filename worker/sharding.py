@@ -26,6 +26,7 @@ from worker.gathering import deal_batches, gather_statistics, kind_of_sums, sket
 from worker.matrices import TestMatrices
 from worker.models import BaseModel
 from worker.objectives import Counts, Scores, bases_of, resolve_objectives
+from worker.pipeline import OnPass
 from worker.progress import PhaseCounter
 from worker.shard_files import (
     FORMAT,
@@ -177,6 +178,7 @@ def merge(
     *,
     directory: Path,
     on_progress: OnProgress,
+    on_pass: OnPass | None = None,
 ) -> Pass:
     """Return the pass over all rows from those over its shards, given in the order of the plan.
 
@@ -193,7 +195,7 @@ def merge(
     shapes = sketch_shapes(targets, spec)
     folds = range(1 + max(fold for shard in plan.shards for fold in shard.folds))
     paths = [directory / f"merged-{fold}.safetensors" for fold in folds]
-    chosen = _Chosen(plan, folds, spec.seed)
+    chosen = _Chosen(plan, folds, spec.seed, everything=on_pass is not None)
     count = PhaseCounter(Phase.FACTORS, len(plan.shards), on_progress)
     totals = [Counts() for _ in folds]
     with ExitStack() as stack:
@@ -219,14 +221,16 @@ def merge(
             count()
         for file, total in zip(sums, totals, strict=True):
             file.finish(total)
+    if on_pass is not None:
+        on_pass(chosen.scored, paths)
     return Pass(objectives, bases, [load_statistics(path, matrices) for path in paths], chosen.held)
 
 
 class _Chosen:
-    """The batches that calibration scores, picked out of the shards that hold them."""
+    """The batches that calibration scores, picked out of the shards that hold them; on request all others too."""
 
-    def __init__(self, plan: Plan, folds: Sequence[int], seed: int) -> None:
-        self._shards = plan.shards
+    def __init__(self, plan: Plan, folds: Sequence[int], seed: int, *, everything: bool) -> None:
+        self._shards, self._everything = plan.shards, everything
         # A batch's number inside its fold, counted over all shards, is what the choice is made of.
         places: list[list[tuple[int, int]]] = [[] for _ in folds]
         for number, shard in enumerate(plan.shards):
@@ -239,13 +243,20 @@ class _Chosen:
 
     def take(self, number: int, rows: Path, scores: Path) -> None:
         """Read what is needed of one shard."""
-        wanted = [index for own in self._places for shard, index in own if shard == number]
+        planned = self._shards[number]
+        wanted: Sequence[int] = [index for own in self._places for shard, index in own if shard == number]
+        if self._everything:
+            wanted = range(len(planned.sizes))
         if not wanted:
             return
-        planned = self._shards[number]
         _, batches = read_batches(rows)
         by_batch = read_scores(scores, made_from=planned.rows_sha256, sizes=planned.sizes)
         self._found |= {(number, index): (batches[index], by_batch[index]) for index in wanted}
+
+    @property
+    def scored(self) -> list[tuple[Batch, Scores]]:
+        """All batches that were read, in the order of the shards."""
+        return [self._found[place] for place in sorted(self._found)]
 
     @property
     def held(self) -> list[list[tuple[Batch, Scores]]]:

@@ -100,8 +100,8 @@ class SketchFile:
                 sums[part] += tensor.cpu().numpy()
         self._write(name)
 
-    def add_file(self, path: Path, *, made_from: str) -> Counts:
-        """Add the sums of a shard's file, and return what normalizes those.
+    def add_file(self, path: Path, *, made_from: str | None) -> Counts:
+        """Add the sums of another file, such as a shard's, and return what normalizes those.
 
         Raises:
             FormatMismatch: another version of the worker wrote the file.
@@ -200,8 +200,13 @@ def load(path: Path, matrices: TestMatrices) -> Statistics:
         ChecksumMismatch: it is damaged.
     """
     about = header(path, "sums")
-    shapes = {name: Shape(*sizes) for name, sizes in about["shapes"].items()}
+    shapes = shapes_of(path)
     return Statistics(_StoredLayers(path, matrices, _KINDS[about["kind"]], shapes), Counts(**about["counts"]))
+
+
+def shapes_of(path: Path) -> dict[str, Shape]:
+    """Return the sizes of all layers' sums; raises as `load` does."""
+    return {name: Shape(*sizes) for name, sizes in header(path, "sums")["shapes"].items()}
 
 
 class _StoredLayers(Mapping[str, LayerStatistics]):

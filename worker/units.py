@@ -9,12 +9,31 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from d2lora.datasets import DatasetFile
-from d2lora.initializations import InitializationSpec, Phase, Result
+from d2lora.initializations import Frozen, InitializationSpec, Phase, Result
 from d2lora.roles import Role
 from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
 
 ROWS = "rows.safetensors"
 """Name under which a statistics task expects its rows."""
+
+KEPT = "statistics"
+"""Directory inside a unit's own: statistics that the job is to keep."""
+BASE = "based-on"
+"""Directory inside a unit's own: statistics of the job that the request is based on; absent if there are none."""
+KEPT_INDEX = "index.json"
+"""In both of them, what the other files are."""
+
+
+class KeptHead(Frozen):
+    """What can be said of kept statistics without reading them."""
+
+    format: int
+    files: list[str]
+    """All of them, by name."""
+    r: int
+    """The LoRA rank that the sketches were made for."""
+    rows: int
+
 
 OnProgress = Callable[[Phase, int, int], None]
 """Told (phase, done, total) at least once per batch; may raise, which stops the unit."""
