@@ -15,6 +15,7 @@ Shape legend
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,18 +35,26 @@ MOMENT_OVERSAMPLING = 16
 
 
 @dataclass
-class MomentSketch(Sketch):
-    """Sketches of K gradients of one layer, and of the second moment of its inputs."""
+class _BesideGradients:
+    """The part that both kinds share: a moment beside the gradients of the class that comes next."""
 
     moment: Moment
 
     @staticmethod
-    def empty(shape: Shape, bases: int, matrices: TestMatrices) -> "MomentSketch":
-        """Return the sketch of nothing."""
-        moment = Moment.empty(matrices.moment(shape.in_features, _width(shape)))
-        return MomentSketch.from_tensors(
-            shape, matrices, Sketch.empty(shape, bases, matrices).tensors() | moment.tensors()
-        )
+    def moment_test(shape: Shape, matrices: TestMatrices) -> Float[Tensor, "I M"]:
+        """Return the test matrix of C."""
+        raise NotImplementedError
+
+    @staticmethod
+    def moment_width(shape: Shape) -> int:
+        """Return how many columns it has."""
+        raise NotImplementedError
+
+    @classmethod
+    def empty(cls, shape: Shape, bases: int, matrices: TestMatrices) -> Any:
+        """Return the sums of nothing."""
+        gradients = super().empty(shape, bases, matrices)  # type: ignore[misc]  # of the class that comes next
+        return cls(**vars(gradients), moment=Moment.empty(cls.moment_test(shape, matrices)))
 
     def add(
         self,
@@ -56,24 +65,49 @@ class MomentSketch(Sketch):
         paired: bool,
     ) -> None:
         """Add a batch to the gradients and to the moment."""
-        super().add(inputs, output_grads, weights, paired=paired)
-        tokens = inputs.flatten(0, -2)
-        self.moment.add(tokens, self.matrices.moment_of(_width(self.shape), tokens))
+        super().add(inputs, output_grads, weights, paired=paired)  # type: ignore[misc]  # of the class that comes next
+        self.add_to_moment(inputs.flatten(0, -2))
 
-    @staticmethod
-    def layout(shape: Shape, bases: int) -> dict[str, tuple[str, list[int]]]:
+    def add_to_moment(self, tokens: Float[Tensor, "T I"]) -> None:
+        """Add tokens to the moment."""
+        self.moment.add(tokens)
+
+    @classmethod
+    def layout(cls, shape: Shape, bases: int) -> dict[str, tuple[str, list[int]]]:
         """Return type and size of every tensor that `tensors` returns, by name."""
-        return _with_moment(Sketch.layout(shape, bases), Moment.layout(shape.in_features, _width(shape)))
+        gradients = super().layout(shape, bases)  # type: ignore[misc]  # of the class that comes next
+        both = gradients | Moment.layout(shape.in_features, cls.moment_width(shape))
+        # Numbers of eight bytes first, where a file's are aligned.
+        return dict(sorted(both.items(), key=lambda entry: entry[1][0] != "F64"))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums, by name; what `from_tensors` takes."""
-        return super().tensors() | self.moment.tensors()
+        return super().tensors() | self.moment.tensors()  # type: ignore[misc]  # of the class that comes next
+
+    @classmethod
+    def from_tensors(cls, shape: Shape, matrices: TestMatrices, tensors: dict[str, Tensor]) -> Any:
+        """Return the sums that gave these tensors."""
+        gradients = super().from_tensors(shape, matrices, tensors)  # type: ignore[misc]  # of the class that comes next
+        return cls(**vars(gradients), moment=Moment.from_tensors(cls.moment_test(shape, matrices), tensors))
+
+
+@dataclass
+class MomentSketch(_BesideGradients, Sketch):
+    """Sketches of K gradients of one layer, and of the second moment of its inputs."""
 
     @staticmethod
-    def from_tensors(shape: Shape, matrices: TestMatrices, tensors: dict[str, Tensor]) -> "MomentSketch":
-        """Return the sketch that gave these tensors."""
-        moment = Moment.from_tensors(matrices.moment(shape.in_features, _width(shape)), tensors)
-        return MomentSketch(shape, matrices, tensors["range"], tensors["corange"], tensors["rows"], moment)
+    def moment_test(shape: Shape, matrices: TestMatrices) -> Float[Tensor, "I M"]:
+        """Return a seeded matrix of random columns."""
+        return matrices.moment(shape.in_features, MomentSketch.moment_width(shape))
+
+    @staticmethod
+    def moment_width(shape: Shape) -> int:
+        """Return the width of the sketch of C."""
+        return min(shape.width * MOMENT_OVERSAMPLING // OVERSAMPLING, shape.in_features)
+
+    def add_to_moment(self, tokens: Float[Tensor, "T I"]) -> None:
+        """Add tokens, whose products are made once if several layers in turn have them."""
+        self.moment.add(tokens, self.matrices.moment_of(self.moment_width(self.shape), tokens))
 
     def probes(self) -> Float[Tensor, "K N I"]:
         """Return ``T G_k`` for the test matrix T on the output's side, scaled so that E |T g|^2 = |g|^2."""
@@ -109,46 +143,18 @@ class MomentSketch(Sketch):
 
 
 @dataclass
-class MomentGradient(DenseGradient):
+class MomentGradient(_BesideGradients, DenseGradient):
     """K dense gradients of one layer, and the dense second moment of its inputs: the exact mode."""
 
-    moment: Moment
+    @staticmethod
+    def moment_test(shape: Shape, matrices: TestMatrices) -> Float[Tensor, "I M"]:
+        """Return the identity, so that C itself is summed."""
+        return torch.eye(shape.in_features, device=matrices.device)
 
     @staticmethod
-    def empty(shape: Shape, bases: int, matrices: TestMatrices) -> "MomentGradient":
-        """Return the gradients of nothing."""
-        moment = Moment.empty(torch.eye(shape.in_features, device=matrices.device))
-        return MomentGradient.from_tensors(
-            shape, matrices, DenseGradient.empty(shape, bases, matrices).tensors() | moment.tensors()
-        )
-
-    def add(
-        self,
-        inputs: Float[Tensor, "S T I"],
-        output_grads: Float[Tensor, "S T O"],
-        weights: Float[Tensor, "K S"],
-        *,
-        paired: bool,
-    ) -> None:
-        """Add a batch to the gradients and to the moment."""
-        super().add(inputs, output_grads, weights, paired=paired)
-        self.moment.add(inputs.flatten(0, -2))
-
-    @staticmethod
-    def layout(shape: Shape, bases: int) -> dict[str, tuple[str, list[int]]]:
-        """Return type and size of every tensor that `tensors` returns, by name."""
-        return _with_moment(DenseGradient.layout(shape, bases), Moment.layout(shape.in_features, shape.in_features))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the sums, by name; what `from_tensors` takes."""
-        return super().tensors() | self.moment.tensors()
-
-    @staticmethod
-    def from_tensors(shape: Shape, matrices: TestMatrices, tensors: dict[str, Tensor]) -> "MomentGradient":
-        """Return the gradients that gave these tensors."""
-        test = torch.eye(shape.in_features, device=tensors["moment"].device)
-        moment = Moment.from_tensors(test, tensors)
-        return MomentGradient(shape, matrices, tensors["gradients"], tensors["rows"], moment)
+    def moment_width(shape: Shape) -> int:
+        """Return I."""
+        return shape.in_features
 
     def probes(self) -> Float[Tensor, "K O I"]:
         """Return the gradients themselves."""
@@ -209,16 +215,3 @@ def whitener(moment: Moment, whitening: Whitening) -> _Whitener:
     if mean == 0.0:  # a layer that has seen nothing
         return lambda rows: rows
     return lambda rows: spectrum.map(rows, lambda values: (values + whitening.damping * mean) ** -whitening.power)
-
-
-def _width(shape: Shape) -> int:
-    """Return the width of the sketch of C."""
-    return min(shape.width * MOMENT_OVERSAMPLING // OVERSAMPLING, shape.in_features)
-
-
-def _with_moment(
-    gradients: dict[str, tuple[str, list[int]]], moment: dict[str, tuple[str, list[int]]]
-) -> dict[str, tuple[str, list[int]]]:
-    """Return both layouts, numbers of eight bytes first, where a file's are aligned."""
-    both = gradients | moment
-    return dict(sorted(both.items(), key=lambda entry: entry[1][0] != "F64"))
