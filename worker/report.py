@@ -281,6 +281,8 @@ def model_card(report: Report) -> str:
     summary = report.summary
     spec = report.spec
     made_from = f"from gradient statistics of {', '.join(summary.objectives)} on {summary.rows_used} rows"
+    if report.reuse is not None:
+        made_from += f", {report.reuse.rows_reused} of them as passed by `{report.reuse.based_on}`"
     if report.warmup is not None:
         made_from = "by a warm-up on general rows (D2LoRA, arXiv:2503.18089)"
     if report.peft is not None:

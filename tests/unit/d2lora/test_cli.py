@@ -110,6 +110,14 @@ def test_whitening_takes_its_fields_by_name():
         build_spec("m", "ds", options(method="eva", whitening="default"))
 
 
+def test_statistics_are_kept_and_gone_on_from():
+    spec = build_spec("m", "ds", options(keep_statistics=True, based_on="init_1"))
+
+    assert (spec.keep_statistics, spec.based_on) == (True, "init_1")
+    with pytest.raises(typer.BadParameter, match="based_on, keep_statistics: not used by method eva"):
+        build_spec("m", "ds", options(method="eva", keep_statistics=True, based_on="init_1"))
+
+
 def test_what_is_not_given_keeps_its_default():
     assert build_spec("m", "ds", options()).model_dump(exclude={"base_model", "dataset_id"}) == {
         **build_spec("other", "other", options()).model_dump(exclude={"base_model", "dataset_id"})
@@ -167,6 +175,7 @@ def test_validate_names_the_row_at_fault(rows, tmp_path):
         (["status", "init_1", "--api-key", "k", "--url", "http://127.0.0.1:9"], 3, "service_unreachable"),
         (["init", "/nowhere", "rows.jsonl", "--out", "out"], 1, "model_not_found"),
         (["init", "/nowhere", "rows.jsonl", "--out", "."], 1, "not an empty directory"),
+        (["init", "m", "rows.jsonl", "--out", "out", "--based-on", "none"], 1, "based_on: 'none' has no statistics"),
         (["up", "--host", "0.0.0.0"], 2, "--allow-model"),
         (["nonsense"], 2, "No such command"),
     ],

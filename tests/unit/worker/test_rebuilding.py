@@ -1,6 +1,7 @@
 """An adapter from kept statistics against the one that a fresh job makes."""
 
 import functools
+import io
 import json
 import math
 import shutil
@@ -17,6 +18,7 @@ from d2lora.settings import WorkerSettings
 from tests.support import sharing
 from tests.support.models import tiny_llama, tiny_tokenizer
 from worker import gathering, models, rebuilding
+from worker.__main__ import init as worker_init
 from worker.data import Example, TokenSequence
 from worker.initialization import initialize
 from worker.rebuilding import deal
@@ -130,6 +132,7 @@ def test_other_settings_give_a_fresh_jobs_adapter_without_a_pass(base_model, dat
     assert report["summary"]["fingerprint"] == expected["summary"]["fingerprint"]
     assert report["reuse"] == {"based_on": "init_1", "sketch_r": 4, "rows_reused": 12, "rows_passed": 0}
     assert expected["reuse"] is None
+    assert "12 of them as passed by `init_1`" in (rebuilt / "README.md").read_text()
 
 
 @pytest.mark.parametrize("loss", [Dpo(beta=0.3, loss_type="hinge"), Dpo(loss_type="robust", label_smoothing=0.2)])
@@ -342,6 +345,37 @@ def test_statistics_of_an_older_version_are_refused_and_a_newer_ones_left_to_oth
     (base / KEPT / "index.json").write_text(json.dumps({**index, "format": FORMAT + 1, "unknown": 1}))
     with pytest.raises(FormatMismatch):
         build(base_model, dataset, tmp_path / "newer", base=base)
+
+
+def run_init(monkeypatch, request):
+    """Return the exit code of ``python -m worker init``, and the last line that it says."""
+    said = io.StringIO()
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stdin", io.StringIO(json.dumps(request)))
+        patched.setattr("sys.stdout", said)
+        code = worker_init()
+    return code, json.loads(said.getvalue().splitlines()[-1])
+
+
+def test_one_adapter_alone_can_be_based_on_the_directory_of_another(base_model, dataset, tmp_path, monkeypatch):
+    described = {"path": str(dataset.path), "format": "jsonl"}
+
+    def make(name, based_on=None, **changes):
+        spec = spec_for(base_model, based_on=based_on and "local", **changes).model_dump(mode="json")
+        out = str(tmp_path / name)
+        return run_init(monkeypatch, {"spec": spec, "dataset": described, "based_on": based_on, "out": out})
+
+    assert make("first", keep_statistics=True)[0] == 0
+    assert make("second", str(tmp_path / "first"), lora=LoraSpec(r=3), keep_statistics=True)[0] == 0
+    assert make("third", str(tmp_path / "second"), lora=LoraSpec(r=3))[0] == 0
+    code, answer = make("fourth", str(tmp_path / "third"))
+
+    assert report_of(tmp_path / "second")["reuse"]["rows_passed"] == 0
+    same_adapters(tmp_path / "second", tmp_path / "third")
+    assert (tmp_path / "second" / KEPT).is_dir()
+    assert not (tmp_path / "second" / BASE).exists()
+    assert (code, answer["problem"]["detail"].startswith("based_on: ")) == (1, True)
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "second", "third"}
 
 
 def test_statistics_that_have_been_removed_are_said_to_be(base_model, dataset, tmp_path):
