@@ -40,6 +40,7 @@
         ├── DeviceFailure           503  the accelerator is broken until its process ends (retried)
         ├── FormatMismatch          503  another version of the worker wrote a file (retried)
         │   └── FormatOutdated      503  an older version wrote it; the job begins anew
+        ├── StatisticsTooNew        503  a newer version wrote what ``based_on`` names (retried)
         ├── ShardGone               500  a file of a job in shards is not there; the job begins anew
         ├── ModelUnavailable        503  the hub or the disk with the base model is away (retried)
         ├── WorkerLost              500  the worker died too often on this job
@@ -283,6 +284,10 @@ class FormatMismatch(JobError):
 
 class FormatOutdated(FormatMismatch):
     code, title = "format_outdated", "An older version wrote this file"
+
+
+class StatisticsTooNew(JobError):
+    code, status, title, retryable = "statistics_too_new", 503, "A newer version wrote these statistics", True
 
 
 class ShardGone(JobError):

@@ -16,7 +16,14 @@ from pathlib import Path
 from torch import nn
 
 from d2lora.based_on import MOST_RANKS
-from d2lora.errors import ChecksumMismatch, FormatOutdated, ProblemItem, RequestInvalid
+from d2lora.errors import (
+    ChecksumMismatch,
+    FormatMismatch,
+    FormatOutdated,
+    ProblemItem,
+    RequestInvalid,
+    StatisticsTooNew,
+)
 from d2lora.initializations import InitializationSpec, Objective, Sft
 from d2lora.settings import WorkerSettings
 from worker.batches import Batch, assign_folds, distinct_rows, make_batches
@@ -60,7 +67,7 @@ def kept_for(out: Path, spec: InitializationSpec) -> Kept | None:
 
     Raises:
         RequestInvalid: they have been removed, or an older version of the worker wrote them.
-        FormatMismatch: a newer version of the worker wrote them.
+        StatisticsTooNew: a newer version of the worker wrote them.
         ChecksumMismatch: they are damaged.
     """
     if spec.based_on is None:
@@ -72,6 +79,10 @@ def kept_for(out: Path, spec: InitializationSpec) -> Kept | None:
     except FormatOutdated as error:
         detail = f"the statistics of {spec.based_on} are of an older version, which this one cannot read; leave it out"
         raise _refusal("based_on", detail) from error
+    except FormatMismatch as error:
+        # Beginning anew, as with a shard of another version, would lead here again.
+        detail = f"based_on: the statistics of {spec.based_on} are of a newer version; leave it out, or upgrade workers"
+        raise StatisticsTooNew(detail) from error
     except ChecksumMismatch as error:
         raise error.within("based_on") from error
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from d2lora.datasets import DatasetFile, Format
-from d2lora.errors import ChecksumMismatch, FormatMismatch, RequestInvalid
+from d2lora.errors import ChecksumMismatch, RequestInvalid, StatisticsTooNew
 from d2lora.initializations import Dpo, Fixed, InitializationSpec, Kto, LoraSpec, Mean, Result, Sft, Whitening
 from d2lora.roles import Role
 from d2lora.settings import WorkerSettings
@@ -343,7 +343,7 @@ def test_statistics_of_an_older_version_are_refused_and_a_newer_ones_left_to_oth
     with pytest.raises(RequestInvalid, match="based_on: the statistics of init_1 are of an older version"):
         build(base_model, dataset, tmp_path / "older", base=base)
     (base / KEPT / "index.json").write_text(json.dumps({**index, "format": FORMAT + 1, "unknown": 1}))
-    with pytest.raises(FormatMismatch):
+    with pytest.raises(StatisticsTooNew, match="based_on: the statistics of init_1 are of a newer version"):
         build(base_model, dataset, tmp_path / "newer", base=base)
 
 

@@ -1,12 +1,22 @@
 """A runner hands kept statistics from one job to the next."""
 
 import json
+import time
 
 import pytest
 
+from d2lora.errors import StatisticsTooNew
 from d2lora.initializations import InitializationSpec
 from d2lora.states import State
-from tests.unit.worker.test_runner import job, run, storage, store, write_result  # noqa: F401  # fixtures
+from tests.unit.worker.test_runner import (  # noqa: F401  # fixtures
+    SETTINGS,
+    failing_build,
+    job,
+    run,
+    storage,
+    store,
+    write_result,
+)
 from worker.units import BASE, KEPT, KEPT_INDEX
 
 FILES = {"fold-0.safetensors": b"sums", KEPT_INDEX: b""}
@@ -91,3 +101,17 @@ def test_a_job_without_a_base_finds_none(store, storage, job):  # noqa: F811
     run(store, storage, seen(files))
 
     assert files == [None]
+
+
+def test_a_job_based_on_a_newer_versions_statistics_is_retried_and_ends(store, storage, earlier):  # noqa: F811
+    waiting = follow(store, earlier)
+    settings = SETTINGS.model_copy(update={"max_outage_attempts": 3, "lease_seconds": 0.1})
+    error = StatisticsTooNew("based_on: newer")
+    deadline = time.monotonic() + 20
+
+    while not store.get("acme", waiting.id).state.is_terminal and time.monotonic() < deadline:
+        run(store, storage, failing_build(error), settings=settings)
+        time.sleep(0.02)
+
+    done = store.get("acme", waiting.id)
+    assert (done.state, done.error.code, done.attempt) == (State.FAILED, "statistics_too_new", 3)
