@@ -24,6 +24,8 @@ def obstacle(spec: InitializationSpec, base: Initialization) -> tuple[str, str] 
         found = "whitening", f"{base.id} was made {'with' if base.spec.whitening else 'without'} it"
     elif spec.statistics == "sketch" and spec.lora.r > MOST_RANKS * base.statistics.r:
         found = "lora.r", f"the sketches of {base.id} are for ranks up to {MOST_RANKS * base.statistics.r}"
+    elif spec.statistics == "sketch" and spec.lora.ranks is not None and spec.lora.r > base.statistics.r:
+        found = "lora.ranks", f"the sketches of {base.id} allow ranks of their own up to lora.r {base.statistics.r}"
     else:
         return None
     return found

@@ -89,6 +89,11 @@ class LoraSpec(Frozen):
         default="all-linear", description="'all-linear', a regular expression, or a list of module names, as in PEFT"
     )
     use_rslora: bool = False
+    ranks: Literal["budget"] | None = Field(
+        default=None,
+        description="budget: every layer has a rank of its own, up to 2 r, with no more parameters in all than r has; "
+        "r everywhere when omitted",
+    )
 
     @property
     def alpha(self) -> float:
@@ -99,6 +104,12 @@ class LoraSpec(Frozen):
     def scaling(self) -> float:
         """The factor ``s`` that PEFT applies to ``B A``: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    def alpha_of(self, rank: int) -> float:
+        """Return the ``lora_alpha`` with which a layer of another rank has the same scaling."""
+        if rank == self.r:
+            return self.alpha
+        return self.alpha * ((rank / self.r) ** 0.5 if self.use_rslora else rank / self.r)
 
 
 class InitializationSpec(Frozen):
@@ -241,6 +252,20 @@ class InitializationSpec(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _ranks_are_those_of_one_plain_pass(self) -> "InitializationSpec":
+        if self.lora.ranks is None:
+            return self
+        if self.whitening is not None:
+            raise ValueError("lora.ranks: not offered together with whitening")
+        if self.retain_dataset_id is not None:
+            raise ValueError("lora.ranks: not offered together with retain_dataset_id")
+        if self.rounds > 1:
+            raise ValueError("lora.ranks: not offered together with rounds")
+        if self.second_pass_above is not None:
+            raise ValueError("lora.ranks: not offered together with second_pass_above")
+        return self
+
+    @model_validator(mode="after")
     def _the_method_uses_every_field(self) -> "InitializationSpec":
         if isinstance(self.method, str):
             return self
@@ -248,6 +273,8 @@ class InitializationSpec(Frozen):
         unused = sorted(_unread(self.method) & self.model_fields_set)
         if unused:
             raise ValueError(f"{', '.join(unused)}: not used by method {name}; leave out what it would ignore")
+        if self.lora.ranks is not None:
+            raise ValueError(f"lora.ranks: method {name} has the rank r in all layers; leave it out")
         if self.quantization is not None and isinstance(self.method, NEEDS_FLOAT):
             raise ValueError(f"quantization: PEFT's {name} needs base weights in floating point; leave it out")
         if self.quantization == "8bit" and isinstance(self.method, Warmup):

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from d2lora.initializations import InitializationSpec
 from d2lora.roles import Role, with_dataset_ids
 
-_LORA = ("r", "lora_alpha", "target_modules", "use_rslora")
+_LORA = ("r", "lora_alpha", "target_modules", "use_rslora", "ranks")
 _OPTIONS: dict[str, Any] = {
     "r": Annotated[int | None, typer.Option("--r", help="LoRA rank (default: 16)")],
     "lora_alpha": Annotated[float | None, typer.Option(help="(default: 2 r)")],
@@ -21,6 +21,10 @@ _OPTIONS: dict[str, Any] = {
         list[str] | None, typer.Option(help="module names, repeatable; or once all-linear, or a regular expression")
     ],
     "use_rslora": Annotated[bool | None, typer.Option("--use-rslora", help="scale by alpha / sqrt(r)")],
+    "ranks": Annotated[
+        str | None,
+        typer.Option(help="budget: a rank of its own for every layer, in all as many parameters as r has (default: r)"),
+    ],
     "method": Annotated[
         str | None,
         typer.Option(

@@ -10,6 +10,7 @@ from safetensors.torch import save
 
 from d2lora.initializations import ResultFile
 from worker.factors import Factors
+from worker.rank_patterns import with_ranks
 from worker.report import Report, model_card
 
 MANIFEST = "manifest.json"
@@ -24,6 +25,8 @@ def write_adapter(
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.cpu().contiguous()
     (directory / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+    if report.spec.lora.ranks is not None:
+        config = with_ranks(config, report.spec.lora, factors)
     config.save_pretrained(str(directory))
     _write_report(directory, report)
     return _with_manifest(directory, ["adapter_config.json", "adapter_model.safetensors", "README.md", "report.json"])

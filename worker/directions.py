@@ -18,6 +18,7 @@ from worker.combining import Mixture, combine, objective_gramian
 from worker.factors import Direction, Products, factorize, whitened_gramians
 from worker.objectives import Basis, Counts, objective_coefficients
 from worker.progress import PhaseCounter
+from worker.ranks import MOST, cut_to_ranks
 from worker.report import noise_scale
 from worker.side_by_side import SideBySide
 from worker.statistics import Statistics
@@ -71,7 +72,10 @@ def names_of(passes: Sequence[Pass]) -> list[str]:
 def combined_direction(
     passes: Sequence[Pass], products: Products, spec: InitializationSpec, *, leave_out: int | None = None
 ) -> tuple[Mixture, Direction]:
-    """Return how the objectives are combined, and the rank-r direction, from all folds or all but one."""
+    """Return how the objectives are combined, and the rank-r direction, from all folds or all but one.
+
+    Of layers that are to have ranks of their own, it has as many directions as one may get.
+    """
     statistics = statistics_of(passes)
     coefficients = coefficients_of(passes, leave_out=leave_out)
     folds = [fold for fold in range(len(statistics)) if fold != leave_out]
@@ -88,6 +92,7 @@ def combined_direction(
         statistics,
         mixture.basis_coefficients(coefficients),
         rank=_rank_of_directions(spec),
+        keep=MOST * spec.lora.r if spec.lora.ranks else None,
         leave_out=leave_out,
         whitening=spec.whitening,
     )
@@ -96,12 +101,13 @@ def combined_direction(
 def leave_one_out_directions(
     passes: Sequence[Pass], products: Products, spec: InitializationSpec, on_progress: OnProgress
 ) -> list[Direction]:
-    """Return every fold's direction without its own rows."""
+    """Return every fold's direction without its own rows, which take no part in ranks either."""
     folds = len(passes[0].statistics)
     count = PhaseCounter(Phase.FACTORS, folds, on_progress)
     directions = []
     for fold in range(folds):
-        directions.append(combined_direction(passes, products, spec, leave_out=fold)[1])
+        direction = combined_direction(passes, products, spec, leave_out=fold)[1]
+        directions.append(cut_to_ranks(direction, spec.lora)[0] if spec.lora.ranks else direction)
         count()
     return directions
 

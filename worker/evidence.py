@@ -20,9 +20,11 @@ from worker.calibration import Calibration
 from worker.data import Encoded, Example
 from worker.models import weight_norm
 from worker.pipeline import BuiltAdapter
+from worker.ranks import Allocation
 from worker.report import (
     CalibrationReport,
     ObjectiveReport,
+    RanksReport,
     Report,
     Reuse,
     RoundReport,
@@ -182,6 +184,8 @@ def make_gradient_report(
         ],
         calibration=_first_calibration(built),
         rounds=_rounds_report(built),
+        ranks=_ranks_report(built),
+        warnings=_of_ranks(built.allocation),
         layers={
             name: layer_report(
                 layer,
@@ -260,6 +264,27 @@ def _rounds_report(built: BuiltAdapter) -> RoundsReport | None:
     )
 
 
+def _of_ranks(spent: Allocation | None) -> list[str]:
+    if spent is None or len(set(spent.ranks.values())) == 1:
+        return []
+    largest = max(spent.ranks.values())
+    return [f"layers have ranks of their own, up to {largest}: check that your server reads rank_pattern and allows it"]
+
+
+def _ranks_report(built: BuiltAdapter) -> RanksReport | None:
+    if (spent := built.allocation) is None:
+        return None
+    energy = sum(layer.energy for layer in built.direction.values())
+    return RanksReport(
+        smallest=min(spent.ranks.values()),
+        largest=max(spent.ranks.values()),
+        parameters=spent.parameters,
+        budget=spent.budget,
+        energy_kept=round_to(min(1.0, spent.gain / energy)),
+        uniform_energy_kept=round_to(min(1.0, spent.uniform_gain / energy)),
+    )
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -282,8 +307,11 @@ def fingerprint(spec: InitializationSpec, rows: Intake, *, base_identity: str, d
     decisive = without_dataset_ids(
         spec.model_dump(exclude={"base_model", "revision", "metadata", "keep_statistics", "based_on"})
     )
+    # Requests without these keep the fingerprint that they had before there were any.
     if spec.adapters is None:
-        decisive.pop("adapters", None)  # so that requests without it keep the fingerprint that they had before it
+        decisive.pop("adapters", None)
+    if spec.lora.ranks is None:
+        del decisive["lora"]["ranks"]
     content = {
         "spec": decisive,
         "base": base_identity,

@@ -40,14 +40,18 @@ def factorize(
     coefficients: Float[Tensor, " K"],
     *,
     rank: int,
+    keep: int | None = None,
     leave_out: int | None = None,
     whitening: Whitening | None = None,
 ) -> dict[str, LowRank]:
-    """Return the rank-r direction from all folds, or from all but one; on request that of the whitened gradient."""
+    """Return the rank-r direction from all folds, or from all but one; on request that of the whitened gradient.
+
+    Of plain gradients ``keep`` directions are returned instead of r, 2 r at most.
+    """
     direction = {}
     for name, layer in _summed_layers(folds, leave_out):
         if whitening is None:
-            direction[name] = layer.factorize(coefficients, rank)
+            direction[name] = layer.factorize(coefficients, rank, keep=keep)
         else:
             direction[name] = whitened_factorization(_with_moment(layer), coefficients, rank, whitening)
     return direction

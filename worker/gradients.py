@@ -73,14 +73,14 @@ class DenseGradient:
         """Return ``<G_j, G'_k>``; float64."""
         return torch.einsum("joi,koi->jk", self.gradients.double(), other.gradients.double())
 
-    def factorize(self, coefficients: Float[Tensor, " K"], rank: int) -> LowRank:
-        """Return the best rank-r part of ``sum_k coefficients[k] G_k`` by a full singular value decomposition."""
+    def factorize(self, coefficients: Float[Tensor, " K"], rank: int, *, keep: int | None = None) -> LowRank:
+        """Return the best part of rank r, or ``keep``, of ``sum_k coefficients[k] G_k`` by a full SVD."""
         matrix = torch.einsum("k,koi->oi", coefficients.to(self.gradients), self.gradients)
         if self.shape.transposed:
             matrix = matrix.T
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         energy = values.double().square().sum().item()
-        return oriented(left, values, right, energy=energy, missed=0.0, shape=self.shape).cut(rank)
+        return oriented(left, values, right, energy=energy, missed=0.0, shape=self.shape).cut(keep or rank)
 
     @staticmethod
     def layout(shape: Shape, bases: int) -> dict[str, tuple[str, list[int]]]:

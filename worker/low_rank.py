@@ -25,6 +25,8 @@ class LowRank:
     """Squared Frobenius norm of the matrix that was factorized; an unbiased estimate from a sketch."""
     missed: float
     """Estimated squared Frobenius norm of what the sketch could not represent, before the cut; 0 when exact."""
+    noise: float = 0.0
+    """Estimated part of every squared value that is the sketch's noise; 0 when exact."""
     slope: float | None = None
     """Inner product with the gradient that is descended; None if that is ``kept``, as for a part of the gradient."""
 
@@ -42,7 +44,8 @@ class LowRank:
         """Return the best approximation of the given rank."""
         if rank >= len(self.values):
             return self
-        return LowRank(self.left[:, :rank], self.values[:rank], self.right[:rank], self.energy, self.missed)
+        kept = self.left[:, :rank], self.values[:rank], self.right[:rank]
+        return LowRank(*kept, self.energy, self.missed, self.noise)
 
 
 def oriented(
@@ -52,12 +55,13 @@ def oriented(
     *,
     energy: float,
     missed: float,
+    noise: float = 0.0,
     shape: Shape,
 ) -> LowRank:
     """Undo the transposition, and fix the signs."""
     if shape.transposed:
         left, right = right.T, left.T
-    return LowRank(*signed(left, values, right), energy, missed)
+    return LowRank(*signed(left, values, right), energy, missed, noise)
 
 
 def signed(

@@ -42,6 +42,7 @@ from worker.matrices import TestMatrices
 from worker.models import BaseModel
 from worker.objectives import Basis, Scores, bases_of, resolve_objectives
 from worker.points import first_point
+from worker.ranks import Allocation, cut_to_ranks
 from worker.retaining import Restraint, restrain
 from worker.rounds import Rounds, Surroundings, further_rounds
 from worker.second_pass import inaccurate_layers, refined, step_along
@@ -81,6 +82,8 @@ class BuiltAdapter:
     """Rounds after the first; ``direction`` is then the whole update and ``eta`` is 1."""
     retained: Retained | None = None
     """What general text loses, if the request asks to retain any."""
+    allocation: Allocation | None = None
+    """Where layers have ranks of their own."""
 
 
 def build_adapter(
@@ -238,7 +241,7 @@ def adapter_from(
         else:
             outcome = restrain(direction, directions, search, restraint, rank=spec.lora.r)
             calibration, direction, retained = outcome.calibration, outcome.direction, outcome.retained
-    direction = {name: layer.cut(spec.lora.r) for name, layer in direction.items()}
+    direction, allocation = cut_to_ranks(direction, spec.lora)
     accepted = calibration.accepted if calibration else None
     eta = accepted.eta if accepted else 0.0
 
@@ -258,6 +261,7 @@ def adapter_from(
         held_out=held_out(examined, accepted),
         leave_one_out=directions if spec.rounds > 1 else [],
         retained=retained,
+        allocation=allocation,
     )
 
 

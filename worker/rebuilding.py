@@ -124,8 +124,8 @@ def plan_rebuild(
         raise _refusal("statistics", f"those of {spec.based_on} are of kind {index.kind}, not {kind_of_sums(spec)}")
     if index.seed != spec.seed:
         raise _refusal("seed", f"{spec.based_on} was made with {index.seed}, which its sketches depend on")
-    if spec.statistics == "sketch" and spec.lora.r > MOST_RANKS * index.r:
-        raise _refusal("lora.r", f"the sketches of {spec.based_on} are for ranks up to {MOST_RANKS * index.r}")
+    if spec.statistics == "sketch":
+        _check_rank(spec, index.r)
     if shapes_of(kept.sums[0]) != sketch_shapes(targets, at_rank):
         raise _refusal("lora.target_modules", f"{spec.based_on} is for other layers")
     missing = [basis for basis in bases_of(objectives) if basis not in index.bases]
@@ -266,6 +266,15 @@ def keep_pass(
         except OSError:  # a file system without hard links
             shutil.copyfile(path, directory / name)
     write_kept(directory, index, rows)
+
+
+def _check_rank(spec: InitializationSpec, sketched: int) -> None:
+    if spec.lora.r > MOST_RANKS * sketched:
+        raise _refusal("lora.r", f"the sketches of {spec.based_on} are for ranks up to {MOST_RANKS * sketched}")
+    if spec.lora.ranks is not None and spec.lora.r > sketched:
+        raise _refusal(
+            "lora.ranks", f"the sketches of {spec.based_on} allow ranks of their own up to lora.r {sketched}"
+        )
 
 
 def _refusal(field: str, why: str) -> RequestInvalid:

@@ -49,7 +49,8 @@ class LayerReport(Frozen):
     """One target layer."""
 
     singular_values: list[float]
-    """Of the combined direction, the r largest; after further rounds, here and in the next two, of the whole update."""
+    """Of the combined direction, as many as the layer's rank; after further rounds, here and in the next two, of the
+    whole update."""
     energy_kept: float
     """Share of the combined direction's squared norm that rank r keeps."""
     sketch_error: float
@@ -102,6 +103,21 @@ class RoundsReport(Frozen):
     rounds: list[RoundReport]
     stopped: str
     """Why there is no further one."""
+
+
+class RanksReport(Frozen):
+    """How the parameters that rank r would take are spent on layers with ranks of their own."""
+
+    smallest: int
+    largest: int
+    parameters: int
+    """Of lora_A and lora_B in all layers."""
+    budget: int
+    """Those that rank r takes."""
+    energy_kept: float
+    """Share of the combined direction's squared norm, over all layers, without what is sketch noise."""
+    uniform_energy_kept: float
+    """The same with rank r in every layer."""
 
 
 class PeftLayerReport(Frozen):
@@ -191,6 +207,8 @@ class Report(Frozen):
     rounds: RoundsReport | None = None
     """Where more than one was asked for and the first took a step."""
     layers: dict[str, LayerReport] = Field(default={})
+    ranks: RanksReport | None = None
+    """Where layers have ranks of their own."""
     left_out: list[LeftOut] = Field(default=[])
     """What the adapter leaves as it is though it holds weight matrices, but for embeddings and the head."""
     reuse: Reuse | None = None
@@ -290,7 +308,7 @@ def model_card(report: Report) -> str:
     what = "A starting point" if report.folders is None else "Starting points, one for each of several datasets,"
     introduction = (
         f"{what} for LoRA fine-tuning of `{report.base_model}` (r = {spec.lora.r}, "
-        f"lora_alpha = {spec.lora.alpha:g}), made by d2lora {__version__} {made_from}. "
+        f"lora_alpha = {spec.lora.alpha:g}{_ranks(report.ranks)}), made by d2lora {__version__} {made_from}. "
         "It loads on the unmodified base model."
     )
     lines = [
@@ -329,6 +347,12 @@ def model_card(report: Report) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _ranks(ranks: RanksReport | None) -> str:
+    if ranks is None:
+        return ""
+    return f"; its parameters are spent on ranks of {ranks.smallest} to {ranks.largest}, which a server has to allow"
 
 
 def _method_name(report: Report) -> str:

@@ -95,12 +95,13 @@ class Sketch:
         products = torch.einsum("jpm,kpm->jk", self.corange_sketch, other.corange_sketch)
         return products.double() / self.shape.corange_width
 
-    def factorize(self, coefficients: Float[Tensor, " K"], rank: int) -> LowRank:
+    def factorize(self, coefficients: Float[Tensor, " K"], rank: int, *, keep: int | None = None) -> LowRank:
         """Return the best rank-r part of ``sum_k coefficients[k] G_k``: [1], algorithm 4; exact if its rank is <= r.
 
         Unlike [1], only the 2 r leading directions of the range sketch enter the least-squares fit: the others carry
         little of the best rank r, and each one adds the fit's noise (measured in docs/log.md).
         What it misses is estimated from what the least-squares fit of the co-range sketch leaves over.
+        ``keep`` up to 2 r of the fitted directions are returned instead of r.
         """
         c = coefficients.to(self.range_sketch)
         range_LQ = torch.einsum("k,kql->lq", c, self.range_sketch)
@@ -113,15 +114,18 @@ class Sketch:
         projected_QM = basis_PQ.T @ corange_PM
         fitted_QM = torch.linalg.solve_triangular(triangle_QQ, projected_QM, upper=True)
         left_over = (corange_PM - basis_PQ @ projected_QM).double().square().sum().item()
+        missed = left_over * _error_factor(self.shape, width)
         rotation_QQ, values, right_QM = torch.linalg.svd(fitted_QM, full_matrices=False)
         return oriented(
             q_LQ @ rotation_QQ,
             values,
             right_QM,
             energy=corange_PM.double().square().sum().item() / self.shape.corange_width,
-            missed=left_over * _error_factor(self.shape, width),
+            missed=missed,
+            # Of what lies outside, the fit takes 1 part in P - w - 1 into each of w directions ([1], theorem 4.3).
+            noise=missed / (self.shape.corange_width - 1) if self.shape.corange_width < self.shape.longer else 0.0,
             shape=self.shape,
-        ).cut(rank)
+        ).cut(keep or rank)
 
     @staticmethod
     def layout(shape: Shape, bases: int) -> dict[str, tuple[str, list[int]]]:

@@ -26,6 +26,7 @@ INITIALIZERS: dict[str, Initializer] = {
     "ours_calibrated": ours.ours_calibrated,
     "ours_whitened": ours.ours_whitened,
     "ours_rounds": ours.ours_rounds,
+    "ours_ranks": ours.ours_ranks,
     "ours_retain": ours.ours_retain,
     "warmup": ours.warmup,
 }

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -45,6 +45,11 @@ def warmup(work: Work) -> Start:
     return _ours(work, {Role.WARMUP: _general(work)}, method=Warmup(warmup_dataset_id="general"))
 
 
+def ours_ranks(work: Work) -> Start:
+    """The calibrated step with a rank of its own for every layer, and as many parameters in all."""
+    return _ours(work, ranks="budget")
+
+
 def ours_zero(work: Work) -> Start:
     """Delivered files with the direction in ``lora_A`` alone."""
     return _ours(work, start="zero")
@@ -69,14 +74,19 @@ def _general(work: Work) -> list[Row]:
     return work.general
 
 
-def _ours(work: Work, extras: Mapping[Role, list[Row]] = MappingProxyType({}), **options: Any) -> Start:
+def _ours(
+    work: Work,
+    extras: Mapping[Role, list[Row]] = MappingProxyType({}),
+    ranks: Literal["budget"] | None = None,
+    **options: Any,
+) -> Start:
     """Run the worker from files to files, and load its files on the unmodified base as a user would."""
     out = work.directory / "adapter"
     out.mkdir()
     spec = InitializationSpec(
         base_model=work.model,
         dataset_id="bench",
-        lora=LoraSpec(r=work.protocol.r, lora_alpha=work.protocol.lora_alpha),
+        lora=LoraSpec(r=work.protocol.r, lora_alpha=work.protocol.lora_alpha, ranks=ranks),
         max_length=work.protocol.max_length,
         seed=work.seed,
         **options,

@@ -73,6 +73,7 @@ def test_a_request_can_be_based_on_a_finished_one(client, dataset, finished):
         ({"statistics": "exact"}, "#/statistics"),
         ({"whitening": {}}, "#/whitening"),
         ({"lora": {"r": 9}}, "#/lora/r"),
+        ({"lora": {"r": 5, "ranks": "budget"}}, "#/lora/ranks"),
         ({"lora": {"r": 4, "target_modules": ["q_proj"]}}, "#/lora/target_modules"),
     ],
 )

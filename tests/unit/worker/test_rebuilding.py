@@ -114,8 +114,9 @@ def updates(out):
         {"objectives": [Sft(), Dpo(beta=0.7)], "combination": Fixed(weights=[1, 3])},
         {"combination": {"type": "mgda"}},
         {"start": "zero"},
+        {"lora": LoraSpec(r=4, ranks="budget")},
     ],
-    ids=["same", "alpha", "beta-and-weights", "combination", "start"],
+    ids=["same", "alpha", "beta-and-weights", "combination", "start", "ranks"],
 )
 def test_other_settings_give_a_fresh_jobs_adapter_without_a_pass(base_model, dataset, earlier, tmp_path, changes):
     phases = []
@@ -275,6 +276,7 @@ def test_labeled_rows_can_be_added_and_their_rate_be_another(base_model, tmp_pat
     [
         ({"objectives": [Dpo(loss_type="ipo")]}, "objectives", "mean_margin"),
         ({"lora": LoraSpec(r=9)}, "lora.r", "up to 8"),
+        ({"lora": LoraSpec(r=5, ranks="budget")}, "lora.ranks", "up to lora.r 4"),
         ({"seed": 1}, "seed", "was made with 0"),
         ({"lora": LoraSpec(r=4, target_modules=["q_proj"])}, "lora.target_modules", "other layers"),
         ({"statistics": "exact"}, "statistics", "of kind sketch"),

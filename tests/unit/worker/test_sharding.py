@@ -171,6 +171,7 @@ FULL_SEQUENCE = [Sft(), {"type": "dpo"}, Orpo(nll="full_sequence")]
         ("gpt2", {"objectives": FULL_SEQUENCE, "statistics": "exact"}),
         ("llama", {"whitening": {}}),
         ("gpt2", {"whitening": {"power": 1.0}, "statistics": "exact"}),
+        ("llama", {"lora": LoraSpec(r=2, ranks="budget")}),
     ],
     ids=[
         "llama-sketch",
@@ -180,6 +181,7 @@ FULL_SEQUENCE = [Sft(), {"type": "dpo"}, Orpo(nll="full_sequence")]
         "gpt2-full-sequence-exact",
         "llama-whitened",
         "gpt2-whitened-exact",
+        "llama-budget",
     ],
 )
 def test_the_adapter_of_seven_shards_is_the_unsharded_one_up_to_float_addition(
