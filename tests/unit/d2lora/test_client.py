@@ -251,3 +251,20 @@ def test_fields_of_a_newer_service_are_left_out():
         job = client.get("init_1")
 
     assert (job.id, job.spec.base_model) == ("init_1", "m")
+
+
+def test_a_dataset_is_deleted_and_one_in_use_is_not():
+    asked = []
+
+    def handler(request):
+        asked.append((request.method, request.url.path))
+        if request.url.path.endswith("ds_1"):
+            return httpx.Response(204)
+        return httpx.Response(409, json=Conflict("dataset ds_2 is in use by init_1").problem().model_dump(mode="json"))
+
+    with client_of(handler) as client:
+        client.delete_dataset("ds_1")
+        with pytest.raises(Conflict, match="in use by init_1"):
+            client.delete_dataset("ds_2")
+
+    assert asked == [("DELETE", "/v1/datasets/ds_1"), ("DELETE", "/v1/datasets/ds_2")]
