@@ -39,6 +39,9 @@ _OPTIONS: dict[str, Any] = {
             "1.dpo is for the rows of the first --dataset"
         ),
     ],
+    "combination": Annotated[
+        str | None, typer.Option(help="mgda, upgrad, imtl_g, mean, or fixed:1,3 by the objectives (default: mgda)")
+    ],
     "adapters": Annotated[
         str | None, typer.Option(help="per_dataset: with --dataset, an adapter for each (default: one for all)")
     ],
@@ -140,11 +143,7 @@ def build_spec(
         named_datasets = _datasets(values.pop("datasets", None), [dataset_id, *further], objectives)
     elif "objective" in given:
         values["objectives"] = [_typed(text, "--objective") for text in given.pop("objective")]
-    if "whitening" in given:
-        text = given["whitening"]
-        given["whitening"] = {} if text == "default" else _arguments(text, f"--whitening {text}")
-    if given.get("method", "gradient") != "gradient":
-        given["method"] = _typed(given["method"], "--method")
+    given |= _objects(given)
     try:
         named = with_dataset_ids({**values, **given}, extras)
         rows = {"datasets": named_datasets} if further else {"dataset_id": dataset_id}
@@ -182,6 +181,20 @@ def _datasets(
         if texts:
             dataset["objectives"] = [_typed(text, "--objective") for text in texts]
     return named
+
+
+def _objects(given: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields that are objects and that the options name in a word or a line."""
+    objects: dict[str, Any] = {}
+    if "whitening" in given:
+        text = given["whitening"]
+        objects["whitening"] = {} if text == "default" else _arguments(text, f"--whitening {text}")
+    if "combination" in given:
+        kind, _, weights = given["combination"].partition(":")
+        objects["combination"] = {"type": kind, "weights": weights.split(",")} if weights else {"type": kind}
+    if given.get("method", "gradient") != "gradient":
+        objects["method"] = _typed(given["method"], "--method")
+    return objects
 
 
 def _target_modules(values: list[str]) -> str | list[str]:

@@ -98,7 +98,7 @@ class Store:
                 raise NotFound(f"there is no dataset {dataset_id!r}")
             job = InitializationRow
             jobs = select(job).where(job.tenant == tenant)
-            keeping = jobs.where(job.statistics.is_not(None)).with_for_update()
+            keeping = jobs.where(job.statistics.is_not(None)).order_by(job.id).with_for_update()
             affected = {one.id: one for one in session.scalars(keeping) if _mentions(one.spec, dataset_id)}
             for one in session.scalars(jobs.where(job.state.not_in([state for state in State if state.is_terminal]))):
                 if _mentions(one.spec, dataset_id) or one.spec.get("based_on") in affected:
@@ -134,14 +134,9 @@ class Store:
         self, tenant: str, spec: InitializationSpec, queue: str, idempotency_key: str | None, digest: str
     ) -> tuple[Initialization, bool]:
         with writing(self._engine) as session:
-            if idempotency_key is not None:
-                used = session.scalar(
-                    select(IdempotencyRow).where(IdempotencyRow.tenant == tenant, IdempotencyRow.key == idempotency_key)
-                )
-                if used is not None:
-                    if used.digest != digest:
-                        raise IdempotencyMismatch("Idempotency-Key: it was used with another request; make a new one")
-                    return _resource(session, _get(session, tenant, used.initialization_id)), False
+            first = _repeated(session, tenant, digest, idempotency_key)
+            if first is not None:
+                return first, False
             named = [dataset.dataset_id for dataset in spec.training.values()]
             for dataset_id in (*named, *extra_dataset_ids(spec).values()):
                 stored_dataset(session, tenant, dataset_id, keep=True)
@@ -172,6 +167,15 @@ class Store:
                 )
                 session.flush()
             return _resource(session, row), True
+
+    def repeated(self, tenant: str, spec: InitializationSpec, idempotency_key: str | None) -> Initialization | None:
+        """Return the job that a key was first used for, if it was; what the request names may be gone by now.
+
+        Raises:
+            IdempotencyMismatch: the key was used for another request.
+        """
+        with reading(self._engine) as session:
+            return _repeated(session, tenant, _digest(spec), idempotency_key)
 
     def get(self, tenant: str, initialization_id: str) -> Initialization:
         """Return a job; NotFound if this tenant has none of that ID."""
@@ -261,6 +265,19 @@ def _kinds(value: object) -> object:
 def new_id(kind: str, moment: datetime) -> str:
     """Return an ID that nobody can guess and that sorts by time."""
     return f"{kind}_{int(moment.timestamp() * 1000):012x}{secrets.token_hex(10)}"
+
+
+def _repeated(session: Session, tenant: str, digest: str, idempotency_key: str | None) -> Initialization | None:
+    if idempotency_key is None:
+        return None
+    used = session.scalar(
+        select(IdempotencyRow).where(IdempotencyRow.tenant == tenant, IdempotencyRow.key == idempotency_key)
+    )
+    if used is None:
+        return None
+    if used.digest != digest:
+        raise IdempotencyMismatch("Idempotency-Key: it was used with another request; make a new one")
+    return _resource(session, _get(session, tenant, used.initialization_id))
 
 
 def _resource(session: Session, row: InitializationRow) -> Initialization:

@@ -95,7 +95,8 @@ def check(path: Path) -> int:
 
 def _watch_parent() -> None:
     """Stop when the supervisor is gone: its end of the pipe closes however it died."""
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not sys.stdin, whose lock an exiting interpreter would wait for
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -72,15 +72,17 @@ def create_initialization(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Initialization:
     """Queue an initialization; a repeated Idempotency-Key returns the first one again."""
-    _check_datasets(spec, tenant, store)
-    _check_base(spec, tenant, store)
-    try:
-        check_base_model(spec.base_model, settings.models)
-    except ModelError as error:
-        error.errors = [ProblemItem(detail=error.detail, pointer="#/base_model")]
-        raise
-    queue = queue_of(parameters_of(spec.base_model), settings.models)
-    initialization, _ = store.create(tenant, spec, queue=queue, idempotency_key=idempotency_key)
+    initialization = store.repeated(tenant, spec, idempotency_key)
+    if initialization is None:
+        _check_datasets(spec, tenant, store)
+        _check_base(spec, tenant, store)
+        try:
+            check_base_model(spec.base_model, settings.models)
+        except ModelError as error:
+            error.errors = [ProblemItem(detail=error.detail, pointer="#/base_model")]
+            raise
+        queue = queue_of(parameters_of(spec.base_model), settings.models)
+        initialization, _ = store.create(tenant, spec, queue=queue, idempotency_key=idempotency_key)
     response.headers["location"] = f"/v1/initializations/{initialization.id}"
     return initialization
 

@@ -177,7 +177,8 @@ def _say(message: dict[str, Any]) -> None:
 
 def _watch_parent(stop: threading.Event) -> None:
     """Stop when the supervisor is gone: its end of the pipe closes however it died."""
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not sys.stdin, whose lock an exiting interpreter would wait for
+        pass
     stop.set()
 
 

@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from d2lora.display import print_summary
-from d2lora.initializations import Dpo, Kto, Orpo, ResultSummary, Retained, Sft, Whitening
+from d2lora.initializations import Dpo, Fixed, Kto, Mean, Orpo, ResultSummary, Retained, Sft, Whitening
 from d2lora.methods import Pissa
 from d2lora.options import _OPTIONS, build_spec
 from d2lora.roles import FIELDS, Role
@@ -91,6 +91,15 @@ def test_an_objective_takes_its_fields_by_name():
     assert spec.objectives == [Dpo(loss_type="robust", label_smoothing=0.2, beta=1.0)]
     kto = build_spec("m", "ds", options(objective=["kto:desirable_weight=1.33"])).objectives
     assert kto == [Kto(desirable_weight=1.33)]
+
+
+def test_a_combination_is_named_with_its_weights():
+    assert build_spec("m", "ds", options(combination="mean")).combination == Mean()
+    two = options(combination="fixed:1,3", objective=["sft", "orpo"])
+    assert build_spec("m", "ds", two).combination == Fixed(weights=[1, 3])
+    for wrong in ("median", "mean:1", "fixed", "fixed:a,b"):
+        with pytest.raises(typer.BadParameter, match="combination"):
+            build_spec("m", "ds", options(combination=wrong))
 
 
 def test_a_method_is_named_with_its_options():

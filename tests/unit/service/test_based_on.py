@@ -130,6 +130,22 @@ def test_a_key_knows_a_request_by_what_it_is_based_on(client, dataset, finished)
     problem_of(other, 422, "idempotency_mismatch")
 
 
+def test_a_repeated_key_returns_its_job_though_what_the_request_names_is_gone(app, client, dataset, finished):
+    earlier = finished()
+    spec, key = request_for(dataset, lora={"r": 4}, based_on=earlier), {"idempotency-key": "again"}
+    first = client.post("/v1/initializations", json=spec, headers=key).json()
+    claim = app.state.store.leases.claim("w", lease=timedelta(seconds=60), max_attempts=3)
+    assert app.state.store.leases.succeed(claim, RESULT, "t/acme/x/")
+    assert client.delete(f"/v1/datasets/{dataset}").status_code == 204
+
+    again = client.post("/v1/initializations", json=spec, headers=key)
+
+    assert again.status_code == 202
+    assert again.json()["id"] == first["id"]
+    other = request_for(dataset, lora={"r": 4}, based_on=earlier, seed=1)
+    problem_of(client.post("/v1/initializations", json=other, headers=key), 422, "idempotency_mismatch")
+
+
 def test_a_dataset_is_deleted_with_its_bytes_and_all_statistics_of_it(app, client, settings, dataset, finished):
     earlier = finished()
     assert f"t/acme/datasets/{dataset}" in keys(settings)
