@@ -21,9 +21,10 @@ from tests.unit.worker.test_initialization import run, write_rows
 from tests.unit.worker.test_pipeline import build, learnable_rows
 from worker import pipeline
 from worker.factors import Factors
+from worker.low_rank import LowRank
 from worker.matrices import Shape, TestMatrices
 from worker.rank_patterns import with_ranks
-from worker.ranks import allocate
+from worker.ranks import allocate, cut_to_ranks
 from worker.sketching import Sketch
 
 BUDGET = LoraSpec(r=2, ranks="budget")
@@ -67,6 +68,20 @@ def test_what_is_below_the_noise_gains_nothing():
     assert spent.gain == 17.0
 
 
+def test_ranks_are_chosen_by_what_is_left_of_the_squared_values_without_the_noise():
+    def layer(values, noise):
+        eye = torch.eye(5)[:4]
+        return LowRank(eye.T, torch.tensor(values), eye, energy=99.0, missed=3.0, noise=noise)
+
+    direction = {"exact": layer([3.0, 2.0, 1.9, 1.0], 0.0), "noisy": layer([3.0, 2.5, 2.4, 1.0], 4.0)}
+
+    cut, spent = cut_to_ranks(direction, BUDGET)
+
+    assert spent.ranks == {"exact": 3, "noisy": 1}
+    assert {name: len(own.values) for name, own in cut.items()} == spent.ranks
+    assert spent.gain == pytest.approx(9 + 4 + 1.9**2 + 9 - 4)
+
+
 def test_the_ranks_are_those_of_the_dense_gradients_singular_values(tmp_path):
     model, rows = tiny_llama(), learnable_rows(8, paired=False)
 
@@ -104,6 +119,8 @@ def test_every_fold_is_scored_at_ranks_that_the_others_chose(tmp_path, monkeypat
     ranks = [{name: len(layer.values) for name, layer in direction.items()} for direction in own]
     assert len(ranks) == built.folds
     assert any(one != built.allocation.ranks for one in ranks)
+    for direction in own:
+        assert sum(layer.left.numel() + layer.right.numel() for layer in direction.values()) <= built.allocation.budget
 
 
 def test_the_noise_of_a_sketch_is_known_without_bias():
