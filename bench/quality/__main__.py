@@ -6,7 +6,8 @@
 
 Kinds: gsm8k (question, answer), titles (abstract, title), preference (prompt, chosen, rejected), text. Trainers: sft,
 dpo, orpo. ``--data`` takes every folder of `KNOWN` that is below it. Stop it whenever you like: the same command goes
-on where it stopped. Results: ``results.json``, ``page.md`` and plots in DIR; records of cells in ``DIR/cells``.
+on where it stopped. Results: ``results.json``, ``page.md`` and plots in DIR; records of cells in ``DIR/cells``, the
+adapters of ours that learning rates share in ``DIR/starts``.
 """
 
 import argparse
@@ -68,6 +69,7 @@ def main() -> int:
         else:
             plan, places = _plan(arguments, parser)
             plans = [plan]
+        places = places.model_copy(update={"starts": arguments.results / "starts"})
         store = Store(arguments.results / "cells")
         try:
             records, choices, failed = run_plans(

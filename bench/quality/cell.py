@@ -49,7 +49,16 @@ def run(cell: Cell, places: Places) -> Record:
     with tempfile.TemporaryDirectory(prefix="quality-") as name:
         directory = Path(name)
         work = Work(
-            base, tokenizer, parts.train, cell.task.trainer, protocol, cell.seed, path, directory, general.learned
+            base,
+            tokenizer,
+            parts.train,
+            cell.task.trainer,
+            protocol,
+            cell.seed,
+            path,
+            directory,
+            general.learned,
+            places.starts,
         )
         began, began_cpu = time.perf_counter(), time.process_time()
         try:

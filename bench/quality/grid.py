@@ -109,6 +109,8 @@ class Places(Frozen):
     """A file of ``text`` rows, for forgetting and for the starts that learn from general text."""
     questions: Path | None = None
     """A file of multiple-choice rows (instruction, answer) of no task that is trained, for forgetting too."""
+    starts: Path | None = None
+    """Where delivered files of ours are kept, for the learning rates to share; None keeps none."""
 
 
 class Plan(Frozen):

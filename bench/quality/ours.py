@@ -1,6 +1,11 @@
 """Our initializer in its variants, run from files to files as the worker runs it, and a control of its magnitude."""
 
+import contextlib
+import hashlib
 import json
+import shutil
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,6 +15,7 @@ import torch
 from peft import PeftModel
 
 from bench.quality.datasets import Row
+from bench.quality.grid import code_identity, digest, model_identity
 from bench.quality.peft_starts import MethodFailed, layers, random_start, scaled
 from bench.quality.starts import Start, Work
 from d2lora.datasets import DatasetFile, Format
@@ -18,6 +24,9 @@ from d2lora.methods import Warmup
 from d2lora.roles import Role
 from d2lora.settings import WorkerSettings
 from worker.initialization import initialize
+
+_ABOUT = "about.json"
+"""What `_ours` says of a start, beside its files."""
 
 
 def ours_calibrated(work: Work) -> Start:
@@ -57,7 +66,8 @@ def ours_zero(work: Work) -> Start:
 
 def random_matched(work: Work) -> Start:
     """Random factors whose product is, layer by layer, as large as that of our calibrated step (arXiv:2507.06558)."""
-    wanted = {name: scaled(layer).norm().item() for name, layer in layers(_ours(work).model).items()}
+    ours = _ours(work)
+    wanted = {name: scaled(layer).norm().item() for name, layer in layers(ours.model).items()}
     start = random_start(work)
     generator = torch.Generator().manual_seed(work.seed)
     with torch.no_grad():
@@ -65,7 +75,8 @@ def random_matched(work: Work) -> Start:
             factor = layer.lora_B["default"].weight
             factor.copy_(torch.randn(factor.shape, generator=generator))
             factor.mul_(wanted[name] / scaled(layer).norm())
-    return Start(start, {"magnitude": _magnitude(wanted)})
+    cost = {name: ours.about[name] for name in ("seconds", "cpu_seconds")}
+    return Start(start, cost | {"magnitude": _magnitude(wanted)})
 
 
 def _general(work: Work) -> list[Row]:
@@ -81,8 +92,6 @@ def _ours(
     **options: Any,
 ) -> Start:
     """Run the worker from files to files, and load its files on the unmodified base as a user would."""
-    out = work.directory / "adapter"
-    out.mkdir()
     spec = InitializationSpec(
         base_model=work.model,
         dataset_id="bench",
@@ -91,18 +100,38 @@ def _ours(
         seed=work.seed,
         **options,
     )
-    result = initialize(
-        spec,
-        _file(work.directory / "rows.jsonl", work.rows),
-        {role: _file(work.directory / f"{role}.jsonl", rows) for role, rows in extras.items()},
-        out=out,
-        settings=WorkerSettings(),
-        on_progress=lambda *_: None,
-    )
-    model = PeftModel.from_pretrained(work.base, str(out), is_trainable=True)
+    file = _file(work.directory / "rows.jsonl", work.rows)
+    files = {role: _file(work.directory / f"{role}.jsonl", rows) for role, rows in extras.items()}
+    place = (work.kept or work.directory) / _request(spec, work.model, [file, *files.values()])
+    if not place.exists():
+        out = work.directory / "adapter"
+        out.mkdir()
+        began, began_cpu = time.perf_counter(), time.process_time()
+        result = initialize(spec, file, files, out=out, settings=WorkerSettings(), on_progress=lambda *_: None)
+        cost = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - began_cpu}
+        about = {"start": result.summary.start, "weights": result.summary.weights}
+        (out / _ABOUT).write_text(json.dumps(about | {name: round(value, 3) for name, value in cost.items()}))
+        _keep(out, place)
+    about = json.loads((place / _ABOUT).read_text())
+    model = PeftModel.from_pretrained(work.base, str(place), is_trainable=True)
     wanted = {name: scaled(layer).norm().item() for name, layer in layers(model).items()}
-    summary = result.summary
-    return Start(model, {"start": summary.start, "weights": summary.weights, "magnitude": _magnitude(wanted)})
+    return Start(model, about | {"magnitude": _magnitude(wanted)})
+
+
+def _request(spec: InitializationSpec, model: str, files: list[DatasetFile]) -> str:
+    """Return what names a start: the same request to the same code gives the same files."""
+    request = spec.model_copy(update={"base_model": model_identity(model)}).model_dump_json()
+    parts = [request, code_identity("ours"), digest(file.path for file in files)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+
+
+def _keep(out: Path, place: Path) -> None:
+    """Put the files in place in one move, so that whoever is killed leaves none or all of them."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as beside:
+        whole = shutil.copytree(out, Path(beside) / "start")
+        with contextlib.suppress(OSError):  # another cell was there first, with the same files
+            whole.rename(place)
 
 
 def _file(path: Path, rows: list[Row]) -> DatasetFile:

@@ -30,6 +30,8 @@ class Work:
     """Empty, for files."""
     general: list[Row]
     """Rows of general text that nothing is measured on; none where the grid has no such text."""
+    kept: Path | None = None
+    """Where starts of files are kept for cells that differ in the learning rate alone."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.quality import running
+from bench.quality import ours, running
 from bench.quality.cell import load, run
 from bench.quality.choices import Question, questions, right_answers
 from bench.quality.datasets import read, splits
@@ -107,6 +107,23 @@ def test_rows_of_a_task_are_split_into_parts_that_share_nothing(places):
     assert not (texts[0] & texts[1])
     assert not (texts[0] & texts[2])
     assert not (texts[1] & texts[2])
+
+
+def test_learning_rates_share_a_start_and_what_it_cost(cells, places, tmp_path, monkeypatch):
+    cell = cells["titles", "ours_calibrated"]
+    places = places.model_copy(update={"starts": tmp_path / "starts"})
+    alone = run(cell, places.model_copy(update={"starts": None}))
+
+    once = run(cell, places)
+    monkeypatch.setattr(ours, "initialize", None)
+    shared = run(cell.model_copy(update={"learning_rate": 1e-3}), places)
+
+    assert alone["curve"][0]["loss"] == once["curve"][0]["loss"] == shared["curve"][0]["loss"]
+    assert once["curve"][-1]["loss"] != shared["curve"][-1]["loss"]
+    assert once["initialization"] == shared["initialization"]
+    assert once["initialization"]["cpu_seconds"] > 0
+    with pytest.raises(TypeError):  # other rows are another start
+        run(cell.model_copy(update={"seed": 1}), places)
 
 
 def test_what_is_there_is_not_run_again(plan, places, tmp_path, monkeypatch, capsys):
