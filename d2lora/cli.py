@@ -17,7 +17,7 @@ from rich import print_json
 
 from d2lora.client import Client
 from d2lora.datasets import DatasetFile, Format, inspect
-from d2lora.display import print_job, print_summary, progress_bar
+from d2lora.display import print_dataset, print_job, print_summary, progress_bar
 from d2lora.errors import D2LoraError, Problem, ServiceUnreachable, from_problem
 from d2lora.initializations import Progress, Result, State
 from d2lora.options import build_spec, by_dataset, with_spec_options
@@ -31,6 +31,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+datasets = typer.Typer(help="The datasets that the service keeps.", no_args_is_help=True)
+app.add_typer(datasets, name="datasets")
 
 DATA_DIR = Path(".d2lora")
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -273,6 +276,23 @@ def cancel(initialization_id: str, url: Url = DEFAULT_URL, api_key: ApiKey = Non
     """Cancel an initialization."""
     with _client(url, api_key) as client:
         print_job(client.cancel(initialization_id), as_json=as_json)
+
+
+@datasets.command("list")
+def list_datasets(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
+    """Show all datasets, newest first."""
+    with _client(url, api_key) as client:
+        for dataset in client.datasets():
+            print_dataset(dataset, as_json=as_json)
+
+
+@datasets.command("delete")
+def delete_datasets(dataset_ids: list[str], url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Delete datasets, and all statistics kept of them; adapters stay. One that an unfinished job needs is refused."""
+    with _client(url, api_key) as client:
+        for dataset_id in dataset_ids:
+            client.delete_dataset(dataset_id)
+            print(dataset_id)
 
 
 def _finish(client: Client, job_id: str, *, out: Path | None, timeout: float | None, as_json: bool) -> None:

@@ -21,7 +21,7 @@ import httpx
 from pydantic import BaseModel
 
 from d2lora.datasets import Dataset, Format
-from d2lora.errors import ChecksumMismatch, Conflict, D2LoraError, Problem, ServiceUnreachable, from_problem
+from d2lora.errors import ChecksumMismatch, Conflict, D2LoraError, NotFound, Problem, ServiceUnreachable, from_problem
 from d2lora.initializations import Adapter, AdapterFile, Initialization, InitializationSpec, State
 
 _MEDIA_TYPES = {
@@ -32,6 +32,9 @@ _MEDIA_TYPES = {
 }
 _TRIES = 5
 _TRY_AGAIN = {429, 502, 503, 504}
+_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+
+_Answer = TypeVar("_Answer", bound=BaseModel)
 
 
 class Client:
@@ -78,8 +81,16 @@ class Client:
             )
         return _read(Dataset, response.json())
 
+    def datasets(self) -> Iterator[Dataset]:
+        """Yield all datasets, newest first."""
+        return self._every(Dataset, "/v1/datasets")
+
     def delete_dataset(self, dataset_id: str) -> None:
-        """Delete a dataset, and all statistics kept of it."""
+        """Delete a dataset, and all statistics kept of it.
+
+        Raises:
+            Conflict: an initialization that has not ended needs it.
+        """
         self._send("DELETE", f"/v1/datasets/{dataset_id}")
 
     def submit(self, spec: InitializationSpec, *, idempotency_key: str | None = None) -> Initialization:
@@ -98,18 +109,7 @@ class Client:
 
     def initializations(self, *, state: State | None = None) -> Iterator[Initialization]:
         """Yield all initializations, newest first."""
-        cursor = None
-        while True:
-            params = [
-                ("limit", "100"),
-                *([("cursor", cursor)] if cursor else []),
-                *([("state", state)] if state else []),
-            ]
-            page = self._send("GET", "/v1/initializations", params=params).json()
-            yield from (_read(Initialization, one) for one in page["data"])
-            cursor = page["next_cursor"]
-            if cursor is None:
-                return
+        return self._every(Initialization, "/v1/initializations", {"state": state} if state else {})
 
     def cancel(self, initialization_id: str) -> Initialization:
         """Cancel an initialization."""
@@ -189,10 +189,22 @@ class Client:
         if size != file.size or digest.hexdigest() != file.sha256:
             raise ChecksumMismatch(f"{file.name} is not what the service says it is; pull again")
 
+    def _every(self, kind: type[_Answer], path: str, params: Mapping[str, str] = {}) -> Iterator[_Answer]:
+        """Yield what all pages of a list hold."""
+        cursor = None
+        while True:
+            asked = {**params, "limit": "100", **({"cursor": cursor} if cursor else {})}
+            page = self._send("GET", path, params=asked).json()
+            yield from (_read(kind, one) for one in page["data"])
+            cursor = page["next_cursor"]
+            if cursor is None:
+                return
+
     def _send(
         self, method: str, path: str, *, headers: Mapping[str, str] | None = None, file: Any = None, **arguments: Any
     ) -> httpx.Response:
         """Send a request, again after a pause when the service is away or busy; every verb is safe to repeat."""
+        unsure = False  # an earlier try may have been carried out, and its answer lost
         for attempt in range(1, _TRIES + 1):
             if file is not None:
                 file.seek(0)
@@ -204,18 +216,20 @@ class Client:
             except httpx.TransportError as error:
                 if last:
                     raise ServiceUnreachable(f"{self._http.base_url}: {error}") from error
+                unsure = unsure or not isinstance(error, _NOT_SENT)
                 time.sleep(_pause(attempt))
                 continue
             if response.status_code in _TRY_AGAIN and not last:
+                unsure = unsure or response.status_code != httpx.codes.TOO_MANY_REQUESTS
                 time.sleep(_pause(attempt, response.headers.get("retry-after")))
                 continue
             if response.is_error:
-                raise _error(response)
+                problem = _error(response)
+                if method == "DELETE" and unsure and isinstance(problem, NotFound):
+                    return response  # gone, as was asked
+                raise problem
             return response
         raise AssertionError("the last try returns or raises")
-
-
-_Answer = TypeVar("_Answer", bound=BaseModel)
 
 
 def _read(model: type[_Answer], answer: Any) -> _Answer:

@@ -1,11 +1,13 @@
-"""What the command line shows: jobs, summaries, progress."""
+"""What the command line shows: jobs, datasets, summaries, progress."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from d2lora.datasets import Dataset
 from d2lora.initializations import Initialization, ResultSummary
 from d2lora.initializations import Progress as JobProgress
 
@@ -22,6 +24,15 @@ def print_job(job: Initialization, *, as_json: bool) -> None:
     print(f"{job.id}  {job.state}{progress}{error}")
     if job.result is not None:
         print_summary(job.result.summary)
+
+
+def print_dataset(dataset: Dataset, *, as_json: bool) -> None:
+    """Print one dataset: a line, or JSON."""
+    if as_json:
+        print(dataset.model_dump_json())
+        return
+    created = dataset.created_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    print(f"{dataset.id}  {created}  {dataset.rows} rows of {dataset.row_schema}, {dataset.size} bytes")
 
 
 def print_summary(summary: ResultSummary) -> None:

@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -85,6 +87,29 @@ def test_two_datasets_go_in_and_one_adapter_or_one_for_each_comes_out_with_figur
     assert {path.name for path in one} == {path.name for path in each}
     for adapter in (tmp_path / jobs[0].id, *(tmp_path / jobs[1].id / f"datasets-{index}" for index in (0, 1))):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(adapter))
+
+
+def test_the_command_line_lists_datasets_and_deletes_those_that_no_job_needs(shared_up, tiny_model, rows):
+    def datasets(*arguments):
+        command = [sys.executable, "-m", "d2lora.cli", "datasets", *arguments]
+        where = ["--url", shared_up.url, "--api-key", shared_up.key]
+        return subprocess.run([*command, *where], capture_output=True, text=True, check=False, timeout=300)
+
+    with shared_up.client() as client:
+        free = [client.upload_dataset(rows(count)).id for count in (3, 4)]
+        job = submit(client, tiny_model, rows(2000), max_tokens_per_batch=64)
+
+        deleted = datasets("delete", *free)
+        needed = datasets("delete", job.spec.dataset_id)
+        client.cancel(job.id)
+        listed = datasets("list")
+
+    assert (deleted.returncode, deleted.stdout.split()) == (0, free)
+    assert (needed.returncode, needed.stdout) == (1, "")
+    assert f"is in use by {job.id}" in needed.stderr
+    assert f"{job.spec.dataset_id}  " in listed.stdout
+    assert "2000 rows of preference" in listed.stdout
+    assert not any(dataset_id in listed.stdout for dataset_id in free)
 
 
 def test_a_killed_worker_is_started_again_and_its_job_is_finished_once(up, tiny_model, rows):

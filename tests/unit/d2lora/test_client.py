@@ -268,3 +268,58 @@ def test_a_dataset_is_deleted_and_one_in_use_is_not():
             client.delete_dataset("ds_2")
 
     assert asked == [("DELETE", "/v1/datasets/ds_1"), ("DELETE", "/v1/datasets/ds_2")]
+
+
+GONE = httpx.Response(404, json=NotFound("there is no dataset 'ds_1'").problem().model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("lost", [httpx.ReadError("reset"), httpx.ReadTimeout("late"), httpx.Response(504)])
+def test_a_deletion_whose_answer_was_lost_has_succeeded_when_the_thing_is_gone(lost):
+    with client_of(answering(lost, GONE)) as client:
+        client.delete_dataset("ds_1")
+
+
+@pytest.mark.parametrize("refused", [[], [httpx.ConnectError("refused")], [httpx.Response(429)]])
+def test_a_deletion_that_was_not_carried_out_before_finds_nothing_to_delete(refused):
+    with client_of(answering(*refused, GONE)) as client, pytest.raises(NotFound, match="ds_1"):
+        client.delete_dataset("ds_1")
+
+
+def test_what_another_request_does_not_find_is_an_error_at_every_try():
+    with client_of(answering(httpx.ReadError("reset"), GONE)) as client, pytest.raises(NotFound):
+        client.get("init_1")
+
+
+def answering(*outcomes):
+    """A service that answers, or breaks off, in this order."""
+    following = iter(outcomes)
+
+    def handler(request):
+        outcome = next(following)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    return handler
+
+
+def test_datasets_are_listed_page_by_page():
+    dataset = {
+        "id": "ds_1",
+        "created_at": datetime.now(UTC).isoformat(),
+        "format": "jsonl",
+        "row_schema": "text",
+        "rows": 1,
+        "size": 10,
+        "sha256": "0" * 64,
+        "objectives": ["sft"],
+    }
+
+    def handler(request):
+        assert request.url.path == "/v1/datasets"
+        if "cursor" in request.url.params:
+            return httpx.Response(200, json={"data": [{**dataset, "id": "ds_2"}], "next_cursor": None})
+        return httpx.Response(200, json={"data": [dataset], "next_cursor": "c"})
+
+    with client_of(handler) as client:
+        assert [one.id for one in client.datasets()] == ["ds_1", "ds_2"]
