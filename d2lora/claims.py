@@ -17,7 +17,7 @@ from d2lora.datasets import Dataset
 from d2lora.errors import NotFound
 from d2lora.initializations import Frozen, InitializationSpec, State
 from d2lora.kept_statistics import KeptStatistics
-from d2lora.roles import Role, extra_dataset_ids
+from d2lora.roles import Role, evaluation_dataset_ids, extra_dataset_ids
 from d2lora.shards import ShardTask
 from d2lora.tables import DatasetRow, InitializationRow, ShardRow
 
@@ -101,6 +101,8 @@ class Claim:
     """What the adapter is made from."""
     extras: Mapping[Role, StoredDataset]
     """What else the request names."""
+    evaluations: Mapping[int, StoredDataset]
+    """What measures on the objectives of one of several datasets, by the place of that one."""
     statistics: StoredStatistics | None = None
     """Of the job that the request is based on, if they are still there."""
     plan: Plan | None = None
@@ -152,6 +154,10 @@ def claim_of(session: Session, row: InitializationRow) -> Claim:
         extras={
             role: stored_dataset(session, row.tenant, dataset_id)
             for role, dataset_id in extra_dataset_ids(spec).items()
+        },
+        evaluations={
+            index: stored_dataset(session, row.tenant, dataset_id)
+            for index, dataset_id in evaluation_dataset_ids(spec).items()
         },
         statistics=_statistics(session, row.tenant, spec.based_on),
         plan=None if row.plan is None else Plan.model_validate(row.plan),

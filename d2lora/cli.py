@@ -21,7 +21,7 @@ from d2lora.display import print_dataset, print_job, print_summary, progress_bar
 from d2lora.errors import D2LoraError, Problem, ServiceUnreachable, from_problem
 from d2lora.initializations import Progress, Result, State
 from d2lora.options import build_spec, by_dataset, with_spec_options
-from d2lora.roles import FOR_THE_OBJECTIVES, Role
+from d2lora.roles import Role
 from d2lora.supervisor import Child, api_key_file, free_port, running, supervise, wait_until_ready
 
 app = typer.Typer(
@@ -134,6 +134,7 @@ def init(
     data: Path,
     options: dict[str, Any],
     extras: dict[Role, Path],
+    evaluations: list[Path],
     out: Annotated[Path, typer.Option(help="directory for the adapter; must not exist, or be empty")],
     dataset: Further = None,
     column: Columns = None,
@@ -142,14 +143,19 @@ def init(
 ) -> None:
     """Build one adapter on this machine, without a service."""
     _need_rooms("worker")
-    file, *others = _training_files([data, *(dataset or [])], column, format)
-    files = _extra_files(extras, column)
+    (file, *others), measuring = _training_files([data, *(dataset or [])], evaluations, column, format)
+    files = _extra_files(extras)
     further = [f"local-{number}" for number in range(1, 1 + len(others))]
     based_on, options["based_on"] = options["based_on"], options["based_on"] and "local"
+    locally = dict.fromkeys(files, "local")
+    spec = build_spec(model, "local", options, locally, further, ["local"] * len(measuring))
+    if measuring and not others:
+        files[Role.EVALUATION] = measuring.pop()
     request = {
-        "spec": build_spec(model, "local", options, dict.fromkeys(files, "local"), further).model_dump(mode="json"),
+        "spec": spec.model_dump(mode="json"),
         "dataset": _described(file),
         "further": [_described(other) for other in others],
+        "evaluations": [_described(file) for file in measuring],
         "extras": {role: _described(file) for role, file in files.items()},
         "based_on": based_on,
         "out": str(out),
@@ -196,6 +202,7 @@ def submit(
     data: Path,
     options: dict[str, Any],
     extras: dict[Role, Path],
+    evaluations: list[Path],
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     wait_: Annotated[bool, typer.Option("--wait", help="until it has ended")] = False,
@@ -207,10 +214,11 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Upload a dataset and ask the service for an adapter."""
-    rows = _training_files([data, *(dataset or [])], column, format)
-    files = _extra_files(extras, column)
+    rows, measuring = _training_files([data, *(dataset or [])], evaluations, column, format)
+    files = _extra_files(extras)
     unknown = [f"unknown-{number}" for number in range(1, len(rows))]
-    build_spec(model, "unknown", options, dict.fromkeys(files, "unknown"), unknown)  # before anything is uploaded
+    nowhere = dict.fromkeys(files, "unknown")
+    build_spec(model, "unknown", options, nowhere, unknown, ["unknown"] * len(measuring))  # before any upload
     with _client(url, api_key) as client:
 
         def upload(file: DatasetFile) -> str:
@@ -218,7 +226,8 @@ def submit(
 
         dataset_id, *further = [upload(file) for file in rows]
         uploaded = {role: upload(file) for role, file in files.items()}
-        job = client.submit(build_spec(model, dataset_id, options, uploaded, further), idempotency_key=idempotency_key)
+        spec = build_spec(model, dataset_id, options, uploaded, further, [upload(file) for file in measuring])
+        job = client.submit(spec, idempotency_key=idempotency_key)
         if not wait_:
             print(job.model_dump_json() if as_json else job.id)
             return
@@ -317,17 +326,21 @@ def _client(url: str, api_key: str | None) -> Client:
     return Client(url, api_key=key)
 
 
-def _training_files(paths: list[Path], columns: list[str] | None, format_: Format | None) -> list[DatasetFile]:
+def _training_files(
+    paths: list[Path], evaluations: list[Path], columns: list[str] | None, format_: Format | None
+) -> tuple[list[DatasetFile], list[DatasetFile]]:
+    """Return what is learnt from, and what measures on the objectives of one and the other: rows that look alike."""
     own = by_dataset(columns or [], len(paths), "--column")
-    return [_dataset_file(path, mapping, format_) for path, mapping in zip(paths, own, strict=True)]
+    if len(evaluations) > len(paths):
+        _stop(f"--eval: there are {len(evaluations)} of them, and {len(paths)} files to learn from", 2)
+    return (
+        [_dataset_file(path, mapping, format_) for path, mapping in zip(paths, own, strict=True)],
+        [_dataset_file(path, mapping, None) for path, mapping in zip(evaluations, own, strict=False)],
+    )
 
 
-def _extra_files(extras: dict[Role, Path], columns: list[str] | None) -> dict[Role, DatasetFile]:
-    # Rows for the evaluation look like those of the dataset; others have columns of their own.
-    return {
-        role: _dataset_file(path, columns if role in FOR_THE_OBJECTIVES else None, None)
-        for role, path in extras.items()
-    }
+def _extra_files(extras: dict[Role, Path]) -> dict[Role, DatasetFile]:
+    return {role: _dataset_file(path, None, None) for role, path in extras.items()}
 
 
 def _described(file: DatasetFile) -> dict[str, Any]:

@@ -200,6 +200,8 @@ class InitializationSpec(Frozen):
         if self.datasets is not None:
             together = {name for name in _FOR_ONE_DATASET if getattr(self, name) is not None}
             if together or self.rounds > 1:
+                if "eval_dataset_id" in together:
+                    raise ValueError("eval_dataset_id: of several datasets each has one of its own, in datasets")
                 names = ", ".join(sorted(together | ({"rounds"} if self.rounds > 1 else set())))
                 raise ValueError(f"{names}: not offered together with datasets")
         if self.adapters is not None and self.datasets is None:
@@ -293,7 +295,7 @@ class InitializationSpec(Frozen):
 
 
 _FOR_ONE_DATASET = {"objectives", "eval_dataset_id", "retain_dataset_id", "whitening", "second_pass_above"}
-"""Fields of a request that go with ``dataset_id`` alone; of several datasets each has its own ``objectives``."""
+"""Fields of a request that go with ``dataset_id`` alone; several datasets have ``objectives`` and evaluations each."""
 
 
 _GRADIENT_ONLY = {

@@ -76,25 +76,33 @@ _OPTIONS: dict[str, Any] = {
     "spec": Annotated[Path | None, typer.Option(help="a JSON file with the request; the options above win over it")],
 }
 
+_EVALUATIONS = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--eval",
+        help="a file of rows that only measure the delivered adapter; with --dataset one for each, in order",
+    ),
+]
 _EXTRAS: dict[Role, Any] = {
-    Role.EVALUATION: Annotated[
-        Path | None, typer.Option("--eval", help="a file of rows that only measure the delivered adapter")
-    ],
     Role.RETAIN: Annotated[
         Path | None, typer.Option("--retain", help="a file of general text that the calibrated step may not worsen")
     ],
     Role.WARMUP: Annotated[Path | None, typer.Option("--warmup", help="a file of general rows, for --method warmup")],
 }
-"""The files of rows that the command line takes besides the dataset."""
+"""The files of rows that the command line takes besides those of datasets and what measures on their objectives."""
 
 
 def with_spec_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per field of a request; it receives mappings named ``options`` and ``extras``."""
+    """Give a command one option per field of a request.
+
+    It receives mappings named ``options`` and ``extras``, and a list named ``evaluations``.
+    """
+    every = _OPTIONS | {"evaluations": _EVALUATIONS} | {str(role): option for role, option in _EXTRAS.items()}
     given = inspect.signature(command).parameters.items()
-    own = [parameter for name, parameter in given if name not in {"options", "extras"}]
+    own = [parameter for name, parameter in given if name not in {"options", "extras", "evaluations"}]
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        for name, annotation in (_OPTIONS | {str(role): option for role, option in _EXTRAS.items()}).items()
+        for name, annotation in every.items()
     ]
 
     @functools.wraps(command)
@@ -102,7 +110,8 @@ def with_spec_options(command: Callable[..., None]) -> Callable[..., None]:
         options = {name: arguments.pop(name) for name in _OPTIONS}
         files = {role: arguments.pop(role) for role in _EXTRAS}
         extras = {role: path for role, path in files.items() if path is not None}
-        command(**arguments, options=options, extras=extras)
+        evaluations = arguments.pop("evaluations") or []
+        command(**arguments, options=options, extras=extras, evaluations=evaluations)
 
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + added
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
@@ -116,11 +125,12 @@ def build_spec(
     options: dict[str, Any],
     extras: Mapping[Role, str] = {},
     further: Sequence[str] = (),
+    evaluations: Sequence[str] = (),
 ) -> InitializationSpec:
     """Return the request that the options describe.
 
-    ``further`` are the IDs of the datasets that the adapter is made from besides ``dataset_id``, and ``extras`` those
-    of datasets that are for something else.
+    ``further`` are the IDs of the datasets that the adapter is made from besides ``dataset_id``, ``evaluations`` those
+    of datasets that measure on the objectives of one and the other, and ``extras`` of what is for something else.
 
     Raises:
         typer.BadParameter: naming each field at fault.
@@ -140,9 +150,11 @@ def build_spec(
         values["lora"] = {**values.get("lora", {}), **lora}
     if further:
         objectives = by_dataset(given.pop("objective", []), 1 + len(further), "--objective")
-        named_datasets = _datasets(values.pop("datasets", None), [dataset_id, *further], objectives)
+        named_datasets = _datasets(values.pop("datasets", None), [dataset_id, *further], objectives, evaluations)
     elif "objective" in given:
         values["objectives"] = [_typed(text, "--objective") for text in given.pop("objective")]
+    if evaluations and not further:
+        extras = {**extras, Role.EVALUATION: evaluations[0]}
     given |= _objects(given)
     try:
         named = with_dataset_ids({**values, **given}, extras)
@@ -170,7 +182,10 @@ def by_dataset(texts: Sequence[str], datasets: int, option: str) -> list[list[st
 
 
 def _datasets(
-    described: list[dict[str, Any]] | None, ids: Sequence[str], objectives: Sequence[Sequence[str]]
+    described: list[dict[str, Any]] | None,
+    ids: Sequence[str],
+    objectives: Sequence[Sequence[str]],
+    evaluations: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Return a request's ``datasets``; ``described`` is what ``--spec`` says of them, and the options win over it."""
     described = described or [{} for _ in ids]
@@ -180,6 +195,8 @@ def _datasets(
     for dataset, texts in zip(named, objectives, strict=True):
         if texts:
             dataset["objectives"] = [_typed(text, "--objective") for text in texts]
+    for dataset, evaluation in zip(named, evaluations, strict=False):
+        dataset["eval_dataset_id"] = evaluation
     return named
 
 

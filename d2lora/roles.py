@@ -39,11 +39,25 @@ def extra_dataset_ids(spec: InitializationSpec) -> dict[Role, str]:
     return {role: dataset_id for role, dataset_id in named.items() if dataset_id is not None}
 
 
-def check_given(spec: InitializationSpec, extras: Mapping[Role, object]) -> None:
+def evaluation_dataset_ids(spec: InitializationSpec) -> dict[int, str]:
+    """Return the IDs of the datasets that measure on the objectives of one of several, by the place of that one."""
+    named = enumerate(spec.datasets or [])
+    return {index: dataset.eval_dataset_id for index, dataset in named if dataset.eval_dataset_id is not None}
+
+
+def evaluation_field(index: int) -> str:
+    """Return the field that names one of these."""
+    return f"datasets[{index}].eval_dataset_id"
+
+
+def check_given(
+    spec: InitializationSpec, extras: Mapping[Role, object], evaluations: Mapping[int, object] = {}
+) -> None:
     """Raise `RequestInvalid` unless the datasets that a request names beside its own are there."""
-    for role in extra_dataset_ids(spec):
-        if role not in extras:
-            raise RequestInvalid(f"{FIELDS[role]}: the request names a dataset, and its rows were not given")
+    missing = [FIELDS[role] for role in extra_dataset_ids(spec) if role not in extras]
+    missing += [evaluation_field(index) for index in evaluation_dataset_ids(spec) if index not in evaluations]
+    if missing:
+        raise RequestInvalid(f"{missing[0]}: the request names a dataset, and its rows were not given")
 
 
 def without_dataset_ids(fields: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +65,8 @@ def without_dataset_ids(fields: dict[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in fields.items() if name not in {"dataset_id", "datasets"}}
     if fields.get("datasets") is not None:
         kept["datasets"] = [
-            {name: value for name, value in dataset.items() if name != "dataset_id"} for dataset in fields["datasets"]
+            {name: value for name, value in dataset.items() if name not in {"dataset_id", "eval_dataset_id"}}
+            for dataset in fields["datasets"]
         ]
     for field in FIELDS.values():
         _remove(kept, field.split("."))

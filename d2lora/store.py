@@ -23,7 +23,7 @@ from d2lora.kept_statistics import KeptStatistics
 from d2lora.leases import Leases
 from d2lora.outbox import Outbox
 from d2lora.paging import page
-from d2lora.roles import extra_dataset_ids
+from d2lora.roles import evaluation_dataset_ids, extra_dataset_ids
 from d2lora.settings import DatabaseSettings
 from d2lora.tables import DatasetRow, EventRow, IdempotencyRow, InitializationRow, ShardRow
 from d2lora.transitions import add_event, lock, move, wake
@@ -138,7 +138,8 @@ class Store:
             if first is not None:
                 return first, False
             named = [dataset.dataset_id for dataset in spec.training.values()]
-            for dataset_id in (*named, *extra_dataset_ids(spec).values()):
+            others = [*extra_dataset_ids(spec).values(), *evaluation_dataset_ids(spec).values()]
+            for dataset_id in (*named, *others):
                 stored_dataset(session, tenant, dataset_id, keep=True)
             moment = now(session)
             row = InitializationRow(

@@ -14,6 +14,12 @@ class TrainingDataset(Frozen):
     objectives: list[Objective] | None = Field(
         default=None, min_length=1, description="all that these rows allow when omitted"
     )
+    eval_dataset_id: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=64,
+        description="rows that only measure the delivered adapter on these objectives",
+    )
 
 
 def check_training(training: Mapping[str, TrainingDataset], combination: Combination) -> None:

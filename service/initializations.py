@@ -25,7 +25,7 @@ from d2lora.errors import (
 from d2lora.initializations import Adapter, AdapterFile, Frozen, Initialization, InitializationSpec, Objective, State
 from d2lora.methods import Warmup
 from d2lora.models import parameters_of, queue_of
-from d2lora.roles import FIELDS, FOR_THE_OBJECTIVES, Role, extra_dataset_ids
+from d2lora.roles import FIELDS, FOR_THE_OBJECTIVES, Role, evaluation_dataset_ids, evaluation_field, extra_dataset_ids
 from d2lora.store import Event, Store
 from d2lora.supervision import rows_needed
 from service.auth import Tenant
@@ -212,6 +212,11 @@ def _check_datasets(spec: InitializationSpec, tenant: str, store: Store) -> None
         field = f"{place}dataset_id"
         dataset = _dataset(training.dataset_id, field, tenant, store)
         _check_objectives(training.objectives, dataset, field, f"{place}objectives")
+    for index, dataset_id in evaluation_dataset_ids(spec).items():
+        field = evaluation_field(index)
+        dataset = _dataset(dataset_id, field, tenant, store)
+        asked = (spec.datasets or [])[index].objectives
+        _check_objectives(asked, dataset, field, f"datasets[{index}].objectives")
     for role, dataset_id in extra_dataset_ids(spec).items():
         dataset = _dataset(dataset_id, FIELDS[role], tenant, store)
         if role in FOR_THE_OBJECTIVES:

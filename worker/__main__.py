@@ -1,8 +1,8 @@
 """``python -m worker run``: work on jobs until told to stop; ``alive``: whether it does; ``init``: one adapter alone.
 
-``init`` reads one JSON object from standard input (spec, dataset, further datasets, extras by role, based_on, out) and
-writes JSON lines to standard output: ``{"progress": ...}`` while it works, then ``{"result": ...}`` or
-``{"problem": ...}``; it exits with 0 or 1.
+``init`` reads one JSON object from standard input (spec, dataset, further datasets, extras by role, evaluations of
+several datasets, based_on, out) and writes JSON lines to standard output: ``{"progress": ...}`` while it works, then
+``{"result": ...}`` or ``{"problem": ...}``; it exits with 0 or 1.
 """
 
 import json
@@ -22,7 +22,7 @@ from d2lora.database import migrate
 from d2lora.datasets import DatasetFile, Format
 from d2lora.errors import D2LoraError, InternalError, RequestInvalid, StoreUnavailable
 from d2lora.initializations import InitializationSpec, Phase, Progress, Result
-from d2lora.roles import Role
+from d2lora.roles import Role, evaluation_field
 from d2lora.settings import BrokerSettings, DatabaseSettings, WorkerSettings
 from worker.heartbeat import heartbeat_file, is_fresh
 from worker.process import RealWork, open_runner
@@ -127,10 +127,13 @@ def _init(request: dict[str, Any]) -> Result:
         dataset = _file("dataset", request["dataset"])
         further = [_file("further", file) for file in request.get("further", [])]
         extras = {Role(role): _file(role, file) for role, file in request.get("extras", {}).items()}
+        evaluations = {
+            index: _file(evaluation_field(index), file) for index, file in enumerate(request.get("evaluations", []))
+        }
         base = None if request.get("based_on") is None else _linked(Path(request["based_on"]), workplace)
         result: Result | Split
         if further:
-            result = work.initialize_jointly(spec, [dataset, *further], workplace, _say_progress)
+            result = work.initialize_jointly(spec, [dataset, *further], evaluations, workplace, _say_progress)
         else:
             result = work.initialize(spec, dataset, extras, workplace, _say_progress)
         assert isinstance(result, Result)

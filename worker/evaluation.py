@@ -38,12 +38,15 @@ def read_extra(
     Raises:
         D2LoraError: what reading and encoding raise, with the request's field before it.
     """
-    if role not in extras:
-        return None
+    return read_further(base, spec, extras[role], FIELDS[role]) if role in extras else None
+
+
+def read_further(base: BaseModel, spec: InitializationSpec, file: DatasetFile, field: str) -> list[Example]:
+    """Return the rows of a dataset that a field of the request names; raise what `read_extra` does."""
     try:
-        return encode_rows(read_rows(extras[role]), base.tokenizer, max_length=length_limit(base, spec)[0]).examples
+        return encode_rows(read_rows(file), base.tokenizer, max_length=length_limit(base, spec)[0]).examples
     except D2LoraError as error:
-        raise error.within(FIELDS[role]) from error
+        raise error.within(field) from error
 
 
 def measure(

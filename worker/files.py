@@ -32,6 +32,10 @@ class Files:
         """Return the bytes of the job's further datasets as files."""
         return {role: self.dataset(stored) for role, stored in claim.extras.items()}
 
+    def evaluations(self, claim: Claim) -> dict[int, DatasetFile]:
+        """Return the bytes of what measures on the objectives of one of several datasets as files."""
+        return {index: self.dataset(stored) for index, stored in claim.evaluations.items()}
+
     def get(self, file: StoredFile, below: str = "") -> Path:
         """Fetch a file of a job in shards under its name.
 

@@ -2,9 +2,10 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from d2lora.initializations import InitializationSpec
+from d2lora.initializations import HeldOut, InitializationSpec
+from d2lora.roles import Role
 from worker.evidence import Intake, make_gradient_report, make_report
 from worker.joint import Joint
 from worker.pipeline import BuiltAdapter
@@ -17,13 +18,15 @@ def joint_report(
     spec: InitializationSpec,
     rows: Sequence[Intake],
     built: BuiltAdapter,
+    measured: Mapping[str, dict[str, HeldOut]],
     *,
     warnings: list[str],
     seconds: dict[str, float],
 ) -> Report:
-    """Return the report of the one adapter for all datasets."""
+    """Return the report of the one adapter for all datasets; ``measured`` is keyed as ``spec.training``."""
     together = _all_rows(spec, rows, warnings=warnings)
-    report = make_gradient_report(subject, spec, together, built, None, shards=1, seconds=seconds)
+    evaluation = {name: one for own in measured.values() for name, one in own.items()} or None
+    report = make_gradient_report(subject, spec, together, built, evaluation, shards=1, seconds=seconds)
     return report.model_copy(update={"datasets": _dataset_reports(spec, rows)})
 
 
@@ -32,15 +35,16 @@ def own_reports(
     spec: InitializationSpec,
     rows: Sequence[Intake],
     adapters: Sequence[BuiltAdapter],
+    measured: Mapping[str, dict[str, HeldOut]],
     *,
     warnings: list[str],
     seconds: dict[str, float],
 ) -> list[Report]:
-    """Return the report of each dataset's own adapter."""
+    """Return the report of each dataset's own adapter; ``measured`` is keyed as ``spec.training``."""
     reports = []
     for place, described, own, built in zip(spec.training, _dataset_reports(spec, rows), rows, adapters, strict=True):
         said = own.model_copy(update={"warnings": warnings})
-        report = make_gradient_report(subject, spec, said, built, None, shards=1, seconds=seconds)
+        report = make_gradient_report(subject, spec, said, built, measured.get(place), shards=1, seconds=seconds)
         # Which rows are held out depends on the other datasets' copies of them.
         decisive = "\n".join([place, report.summary.fingerprint, *(one.sha256 for one in rows)])
         fingerprint = hashlib.sha256(decisive.encode()).hexdigest()
@@ -80,6 +84,8 @@ def collection_report(
             "weights": {name: weight for one in summaries for name, weight in one.weights.items()},
             "cosines": {pair: value for pair, value in cosines.items() if value is not None},
             "held_out": {name: measured for one in summaries for name, measured in one.held_out.items()},
+            "evaluation": {name: measured for one in summaries for name, measured in (one.evaluation or {}).items()}
+            or None,
         },
         objectives=[objective for report in reports for objective in report.objectives],
         datasets=_dataset_reports(spec, rows),
@@ -99,9 +105,10 @@ def _all_rows(spec: InitializationSpec, parts: Sequence[Intake], *, warnings: li
     dropped: Counter[str] = Counter()
     for one in parts:
         dropped.update(one.dropped)
+    evaluations = [one.extras[Role.EVALUATION] for one in parts if one.extras]
     return Intake(
-        sha256=hashlib.sha256("".join(f"{one.sha256}\n" for one in parts).encode()).hexdigest(),
-        extras={},
+        sha256=_digest(one.sha256 for one in parts),
+        extras={Role.EVALUATION: _digest(evaluations)} if evaluations else {},
         columns={place: columns for one in parts for place, columns in one.columns.items()},
         read=sum(one.read for one in parts),
         used=sum(one.used for one in parts),
@@ -115,6 +122,11 @@ def _all_rows(spec: InitializationSpec, parts: Sequence[Intake], *, warnings: li
         },
         warnings=warnings,
     )
+
+
+def _digest(digests: Iterable[str]) -> str:
+    """Return one digest for several files."""
+    return hashlib.sha256("".join(f"{one}\n" for one in digests).encode()).hexdigest()
 
 
 def _dataset_reports(spec: InitializationSpec, parts: Sequence[Intake]) -> list[DatasetReport]:

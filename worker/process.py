@@ -56,14 +56,19 @@ class RealWork:
         )
 
     def initialize_jointly(
-        self, spec: InitializationSpec, datasets: Sequence[DatasetFile], out: Path, on_progress: OnProgress
+        self,
+        spec: InitializationSpec,
+        datasets: Sequence[DatasetFile],
+        evaluations: Mapping[int, DatasetFile],
+        out: Path,
+        on_progress: OnProgress,
     ) -> Result:
         """See `worker.units.Work`."""
         on_progress(Phase.LOADING, 0, 1)
         from worker.joint_initialization import initialize_jointly  # noqa: PLC0415  # seconds of imports
 
         return initialize_jointly(
-            spec, datasets, out=out, settings=self.settings, on_progress=on_progress, load=self._load
+            spec, datasets, evaluations, out=out, settings=self.settings, on_progress=on_progress, load=self._load
         )
 
     def run_shard(

@@ -112,7 +112,8 @@ class Runner:
             files.based_on(claim.statistics, watch.check)
         done: Result | Split
         if len(datasets) > 1:
-            done = self.work.initialize_jointly(claim.spec, datasets, files.directory, watch.progress)
+            evaluations = files.evaluations(claim)
+            done = self.work.initialize_jointly(claim.spec, datasets, evaluations, files.directory, watch.progress)
         else:
             done = self.work.initialize(claim.spec, datasets[0], extras, files.directory, watch.progress)
         if not isinstance(done, Split):

@@ -92,9 +92,17 @@ class Work(Protocol):
         """
 
     def initialize_jointly(
-        self, spec: InitializationSpec, datasets: Sequence[DatasetFile], out: Path, on_progress: OnProgress
+        self,
+        spec: InitializationSpec,
+        datasets: Sequence[DatasetFile],
+        evaluations: Mapping[int, DatasetFile],
+        out: Path,
+        on_progress: OnProgress,
     ) -> Result:
-        """Write the files of the one adapter for several datasets into a directory."""
+        """Write the files of the one adapter for several datasets, or of one for each, into a directory.
+
+        ``evaluations`` measure on the objectives of the dataset in that place.
+        """
 
     def run_shard(
         self, spec: InitializationSpec, task: ShardTask, directory: Path, on_progress: OnProgress

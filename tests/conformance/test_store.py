@@ -120,19 +120,22 @@ def test_a_claim_carries_all_datasets_that_the_adapter_is_made_from_in_order(sto
     add_dataset(store, dataset_id="ds_2", content=b"more rows")
     add_dataset(store, tenant="other", dataset_id="ds_3")
 
-    def naming_all(*ids):
-        datasets = [{"dataset_id": dataset_id} for dataset_id in ids]
+    def naming_all(*ids, **more):
+        datasets = [{"dataset_id": dataset_id, **more} for dataset_id in ids]
         return InitializationSpec.model_validate({"base_model": "m", "datasets": datasets})
 
     for unknown in ("ds_none", "ds_3"):
         with pytest.raises(NotFound, match=unknown):
             store.create("acme", naming_all("ds_1", unknown))
-    store.create("acme", naming_all("ds_2", "ds_1"))
+        with pytest.raises(NotFound, match=unknown):
+            store.create("acme", naming_all("ds_1", "ds_2", eval_dataset_id=unknown))
+    store.create("acme", naming_all("ds_2", "ds_1", eval_dataset_id="ds_1"))
 
     held = claim(store)
 
     assert [one.key for one in held.datasets] == ["t/acme/datasets/ds_2", "t/acme/datasets/ds_1"]
-    assert held.spec == naming_all("ds_2", "ds_1")
+    assert held.spec == naming_all("ds_2", "ds_1", eval_dataset_id="ds_1")
+    assert {index: one.key for index, one in held.evaluations.items()} == dict.fromkeys((0, 1), "t/acme/datasets/ds_1")
 
 
 def test_a_claim_runs_the_oldest_job_and_carries_what_it_needs(store, spec):

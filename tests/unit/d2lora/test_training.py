@@ -49,7 +49,8 @@ def test_several_datasets_have_places_and_objectives_of_their_own():
         ),
         ({"datasets": [TWO[0], {"dataset_id": "ds_2", "weight": 2}]}, "Extra inputs are not permitted"),
         ({"objectives": [{"type": "sft"}]}, "objectives: not offered together with datasets"),
-        ({"eval_dataset_id": "e"}, "eval_dataset_id: not offered together with datasets"),
+        ({"eval_dataset_id": "e"}, "eval_dataset_id: of several datasets each has one of its own"),
+        ({"datasets": [TWO[0], {"dataset_id": "ds_2", "eval_dataset_id": ""}]}, "at least 1 character"),
         ({"retain_dataset_id": "g"}, "retain_dataset_id: not offered together with datasets"),
         ({"whitening": {}}, "whitening: not offered together with datasets"),
         ({"second_pass_above": 0.5}, "second_pass_above: not offered together with datasets"),
@@ -85,7 +86,7 @@ def test_ids_are_no_part_of_what_decides_the_adapter_and_objectives_are():
     def decisive(spec):
         return without_dataset_ids(spec.model_dump())
 
-    others = [{**one, "dataset_id": one["dataset_id"] + "0"} for one in TWO]
+    others = [{**one, "dataset_id": one["dataset_id"] + "0", "eval_dataset_id": "ds_9"} for one in TWO]
 
     assert decisive(request()) == decisive(request(datasets=others))
     assert decisive(request()) != decisive(request(datasets=TWO[::-1]))
@@ -95,12 +96,12 @@ def test_ids_are_no_part_of_what_decides_the_adapter_and_objectives_are():
 def test_files_and_numbered_objectives_become_datasets():
     given = options(objective=["sft", "1.dpo:beta=0.3", "1.sft"], adapters="per_dataset")
 
-    spec = build_spec("m", "ds_1", given, further=["ds_2", "ds_3"])
+    spec = build_spec("m", "ds_1", given, further=["ds_2", "ds_3"], evaluations=["ds_4", "ds_5"])
 
     assert (spec.dataset_id, spec.adapters) == (None, "per_dataset")
     assert spec.datasets == [
-        TrainingDataset(dataset_id="ds_1", objectives=[Sft()]),
-        TrainingDataset(dataset_id="ds_2", objectives=[Dpo(beta=0.3), Sft()]),
+        TrainingDataset(dataset_id="ds_1", objectives=[Sft()], eval_dataset_id="ds_4"),
+        TrainingDataset(dataset_id="ds_2", objectives=[Dpo(beta=0.3), Sft()], eval_dataset_id="ds_5"),
         TrainingDataset(dataset_id="ds_3"),
     ]
     with pytest.raises(typer.BadParameter, match=r"--objective 3\.sft: there are 3 datasets"):
@@ -141,19 +142,34 @@ def test_submit_uploads_every_file_with_its_own_columns_and_names_them_in_order(
 
     transport = httpx.MockTransport(handler)
     monkeypatch.setattr(cli, "_client", lambda *_: Client("http://service", api_key="k", transport=transport))
-    for name in ("a", "b"):
+    for name in ("a", "b", "c", "d"):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"question": "{name}", "completion": "c"}}\n')
-    a, b = (str(tmp_path / f"{name}.jsonl") for name in ("a", "b"))
+    a, b, c, d = (str(tmp_path / f"{name}.jsonl") for name in ("a", "b", "c", "d"))
     chosen = ["--column", "1.prompt=question", "--objective", "1.sft", "--adapters", "per_dataset"]
 
-    done = CliRunner().invoke(cli.app, ["submit", "m", a, "--dataset", b, *chosen])
+    done = CliRunner().invoke(cli.app, ["submit", "m", a, "--dataset", b, "--eval", c, "--eval", d, *chosen])
 
     assert done.exception is None, done.exception
     assert done.output == "init_1\n"
     assert [(json.loads(rows)["question"], columns) for rows, columns in uploads] == [
         ("a", []),
         ("b", ["prompt:question"]),
+        ("c", []),
+        ("d", ["prompt:question"]),
     ]
     spec = InitializationSpec.model_validate(requests[0])
     assert [(one.dataset_id, one.objectives) for one in spec.datasets] == [("ds_1", None), ("ds_2", [Sft()])]
     assert spec.adapters == "per_dataset"
+    assert [one.eval_dataset_id for one in spec.datasets] == ["ds_3", "ds_4"]
+
+
+def test_more_evaluations_than_datasets_are_refused_before_anything_is_uploaded(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "completion": "c"}\n')
+
+    done = CliRunner().invoke(
+        cli.app, ["submit", "m", str(path), "--eval", str(path), "--eval", str(path), "--api-key", "k"]
+    )
+
+    assert done.exit_code == 2
+    assert "--eval: there are 2 of them, and 1 files to learn from" in done.output

@@ -43,6 +43,15 @@ def test_an_unknown_dataset_and_an_objective_that_its_rows_do_not_allow_are_poin
     problem = problem_of(impossible, 422, "objective_unavailable")
     assert problem["errors"][0]["pointer"] == "#/datasets/1/objectives/1"
     assert "datasets[1].objectives: dpo needs rows with chosen and rejected completions" in problem["detail"]
+    sft, dpo = [{"type": "sft"}], [{"type": "dpo"}]
+    first = {"dataset_id": plain, "objectives": sft, "eval_dataset_id": pairs}
+    for evaluation, pointer, said in [
+        ("ds_none", "#/datasets/1/eval_dataset_id", "datasets[1].eval_dataset_id: there is no dataset 'ds_none'"),
+        (plain, "#/datasets/1/objectives/0", "which datasets[1].eval_dataset_id does not have"),
+    ]:
+        response = submit(client, first, {"dataset_id": pairs, "objectives": dpo, "eval_dataset_id": evaluation})
+        assert response.json()["errors"][0]["pointer"] == pointer
+        assert said in response.json()["detail"]
     assert client.get("/v1/initializations").json()["data"] == []
 
 

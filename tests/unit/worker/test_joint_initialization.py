@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from d2lora.datasets import DatasetFile, Format
-from d2lora.errors import DatasetSyntaxInvalid, ObjectiveUnavailable, RequestInvalid, RowsTooLong
-from d2lora.initializations import InitializationSpec, LoraSpec
+from d2lora.errors import DatasetSyntaxInvalid, ObjectiveUnavailable, RequestInvalid, RowsTooLong, SchemaUnknown
+from d2lora.initializations import InitializationSpec, LoraSpec, Phase
 from d2lora.settings import WorkerSettings
 from tests.support.models import tiny_llama, tiny_tokenizer
 from tests.unit.d2lora.test_cli import d2lora
@@ -46,15 +47,20 @@ def pairs(tmp_path):
     return write(tmp_path / "pairs.jsonl", rows)
 
 
-def run(base_model, datasets, out, *, asked=((SFT,), (DPO,)), ids=("ds_1", "ds_2"), **changes):
+def run(base_model, datasets, out, *, asked=((SFT,), (DPO,)), ids=("ds_1", "ds_2"), evaluations=None, **changes):
     named = [{"dataset_id": name, "objectives": one and list(one)} for name, one in zip(ids, asked, strict=True)]
+    for index in evaluations or {}:
+        named[index]["eval_dataset_id"] = f"eval_{index}"
     spec = InitializationSpec.model_validate(
         {"base_model": base_model, "datasets": named, "lora": LoraSpec(r=4), **changes}
     )
     out.mkdir()
-    return initialize_jointly(
-        spec, datasets, out=out, settings=WorkerSettings(device="cpu"), on_progress=lambda *_: None
+    settings, seen = WorkerSettings(device="cpu"), []
+    result = initialize_jointly(
+        spec, datasets, evaluations or {}, out=out, settings=settings, on_progress=lambda *now: seen.append(now)
     )
+    run.progress = seen
+    return result
 
 
 def logps(model, prompt, completion):
@@ -145,6 +151,102 @@ def test_an_adapter_for_each_dataset_lies_in_a_folder_of_its_own_with_its_report
         assert f"datasets[{index}]: {own.summary.start_reason}" in report.summary.start_reason
 
 
+@pytest.fixture
+def unseen(tmp_path):
+    """Rows like those of both datasets, that neither has."""
+    plain = [{"question": f"say {number}:", "completion": " yes yes"} for number in range(70, 75)]
+    pairs = [{"prompt": f"item {n}:", "chosen": " good good good", "rejected": f" bad {n}"} for n in range(70, 77)]
+    first = write(tmp_path / "unseen-plain.jsonl", plain)
+    return {
+        0: DatasetFile(first.path, first.format, {"prompt": "question"}),
+        1: write(tmp_path / "unseen-pairs.jsonl", pairs),
+    }
+
+
+def means_on_unseen(base_model, first, second):
+    """The loss per token on the first kind of unseen rows by one adapter, and DPO's on the other by another."""
+
+    def values(adapter, texts):
+        model = AutoModelForCausalLM.from_pretrained(base_model)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, str(adapter))
+        return torch.tensor([logps(model, *text) for text in texts])
+
+    tokenizer, answers = tiny_tokenizer(), [(f"say {n}:", " yes yes") for n in range(70, 75)]
+    tokens = sum(
+        len(tokenizer(f"{prompt}{answer}</s>")["input_ids"]) - len(tokenizer(prompt)["input_ids"])
+        for prompt, answer in answers
+    )
+    good, bad = ([(f"item {n}:", text.format(n)) for n in range(70, 77)] for text in (" good good good", " bad {}"))
+    margins = [values(adapter, good) - values(adapter, bad) for adapter in (second, None)]
+    dpo = -torch.nn.functional.logsigmoid(0.1 * (margins[0] - margins[1])).mean().item()
+    return -values(first, answers).sum().item() / tokens, dpo
+
+
+@pytest.mark.parametrize("adapters", [None, "per_dataset"])
+def test_each_dataset_has_an_evaluation_of_the_adapter_that_serves_it(
+    base_model, plain, pairs, unseen, tmp_path, adapters
+):
+    out = tmp_path / "out"
+
+    result = run(base_model, [plain, pairs], out, evaluations=unseen, adapters=adapters)
+
+    evaluation = result.summary.evaluation
+    assert {name: one.rows for name, one in evaluation.items()} == {
+        "datasets[0].nll": 5,
+        "datasets[0].sft": 5,
+        "datasets[1].nll": 7,
+        "datasets[1].dpo": 7,
+    }
+    folders = [out, out] if adapters is None else [out / "datasets-0", out / "datasets-1"]
+    nll, dpo = means_on_unseen(base_model, *folders)
+    assert evaluation["datasets[0].nll"].adapter == pytest.approx(nll, rel=1e-4)
+    assert evaluation["datasets[1].dpo"].adapter == pytest.approx(dpo, rel=1e-4)
+    assert evaluation["datasets[1].dpo"].base == pytest.approx(math.log(2), rel=1e-6)
+    told = [one for one in run.progress if one[0] is Phase.EVALUATION]
+    assert told == sorted(told, key=lambda one: one[1])
+    assert told[-1][1:] == (12, 12)
+    digests = [hashlib.sha256(unseen[index].path.read_bytes()).hexdigest() for index in (0, 1)]
+    together = hashlib.sha256("".join(f"{one}\n" for one in digests).encode()).hexdigest()
+    report = Report.model_validate_json((out / "report.json").read_text())
+    assert report.extra_dataset_sha256 == {"evaluation": together}
+    assert "| datasets[1].dpo (evaluation dataset) |" in (out / "README.md").read_text()
+    for index in (0, 1) if adapters else ():
+        own = Report.model_validate_json((folders[index] / "report.json").read_text())
+        place = f"datasets[{index}]."
+        assert own.summary.evaluation == {name: one for name, one in evaluation.items() if name.startswith(place)}
+        assert own.extra_dataset_sha256 == {"evaluation": digests[index]}
+
+
+def test_one_dataset_may_have_an_evaluation_alone_which_decides_nothing(base_model, plain, pairs, unseen, tmp_path):
+    measured = run(base_model, [plain, pairs], tmp_path / "a", evaluations={1: unseen[1]}, start="zero")
+    without = run(base_model, [plain, pairs], tmp_path / "b", start="zero")
+
+    assert measured.summary.evaluation.keys() == {"datasets[1].nll", "datasets[1].dpo"}
+    assert without.summary.evaluation is None
+    assert measured.summary.fingerprint == without.summary.fingerprint
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_what_is_wrong_with_an_evaluation_is_said_with_its_field(base_model, plain, pairs, unseen, tmp_path):
+    with pytest.raises(ObjectiveUnavailable, match=r"^datasets\[1\]\.eval_dataset_id: .*dpo needs rows with"):
+        run(base_model, [plain, pairs], tmp_path / "a", evaluations={1: unseen[0]})
+    unread = DatasetFile(unseen[0].path, Format.JSONL)
+    with pytest.raises(SchemaUnknown, match=r"^datasets\[0\]\.eval_dataset_id: row 1"):
+        run(base_model, [plain, pairs], tmp_path / "b", evaluations={0: unread})
+    spec = {"base_model": base_model, "datasets": [{"dataset_id": "a", "eval_dataset_id": "e"}, {"dataset_id": "b"}]}
+    with pytest.raises(RequestInvalid, match=r"^datasets\[0\]\.eval_dataset_id: .* rows were not given"):
+        initialize_jointly(
+            InitializationSpec.model_validate(spec),
+            [plain, pairs],
+            {},
+            out=tmp_path,
+            settings=WorkerSettings(device="cpu"),
+            on_progress=lambda *_: None,
+        )
+
+
 def test_all_that_the_rows_of_each_dataset_allow_is_the_default(base_model, plain, pairs, tmp_path):
     every = run(base_model, [plain, pairs], tmp_path / "a", asked=(None, None), start="zero").summary
     some = run(base_model, [plain, pairs], tmp_path / "b", asked=(None, (DPO,)), start="zero").summary
@@ -182,8 +284,9 @@ def test_what_is_wrong_with_a_dataset_is_said_with_its_place(base_model, plain, 
     assert not any((tmp_path / name / "manifest.json").exists() for name in "abcd")
 
 
-def test_the_command_line_builds_one_adapter_from_several_files(base_model, plain, pairs, tmp_path):
+def test_the_command_line_builds_one_adapter_from_several_files(base_model, plain, pairs, unseen, tmp_path):
     arguments = ["init", base_model, plain.path, "--dataset", pairs.path, "--column", "prompt=question"]
+    arguments += ["--eval", unseen[0].path, "--eval", unseen[1].path]
     chosen = ["--objective", "sft", "--objective", "1.dpo:beta=0.2", "--r", "2", "--dtype", "float32"]
 
     done = d2lora(*arguments, *chosen, "--out", "out", cwd=tmp_path)
@@ -191,6 +294,8 @@ def test_the_command_line_builds_one_adapter_from_several_files(base_model, plai
     assert done.returncode == 0, done.stderr
     assert "cos(datasets[0].sft,datasets[1].dpo)" in done.stdout
     assert "held out, cross-validated: datasets[1].dpo" in done.stdout
+    assert "evaluation dataset: datasets[0].sft" in done.stdout
+    assert "evaluation dataset: datasets[1].dpo" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["spec"]["datasets"][1]["objectives"][0]["beta"] == 0.2
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

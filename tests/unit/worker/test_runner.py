@@ -176,18 +176,21 @@ def test_the_work_gets_every_other_dataset_as_a_file(store, storage, tmp_path, r
 def test_the_work_gets_all_datasets_of_a_joint_job_in_order(store, storage, tmp_path):
     add_dataset(store, storage, tmp_path, "ds_1", ROWS)
     add_dataset(store, storage, tmp_path, "ds_2", b'{"text": "another"}\n')
-    named = [{"dataset_id": "ds_2"}, {"dataset_id": "ds_1"}]
+    add_dataset(store, storage, tmp_path, "ds_3", b'{"text": "held out"}\n')
+    named = [{"dataset_id": "ds_2"}, {"dataset_id": "ds_1", "eval_dataset_id": "ds_3"}]
     job, _ = store.create("acme", InitializationSpec.model_validate({"base_model": "m", "datasets": named}))
-    seen = []
+    seen, measuring = [], {}
 
-    def build(spec, datasets, out, on_progress):
+    def build(spec, datasets, evaluations, out, on_progress):
         seen.extend(file.path.read_bytes() for file in datasets)
+        measuring.update({index: file.path.read_bytes() for index, file in evaluations.items()})
         return write_result(out)
 
     work = FakeWork(initialize_jointly=build)
     Runner(store.leases, storage, work, SETTINGS, worker="w", stop=threading.Event()).run_next()
 
     assert seen == [b'{"text": "another"}\n', ROWS]
+    assert measuring == {1: b'{"text": "held out"}\n'}
     assert store.get("acme", job.id).state is State.SUCCEEDED
 
 
