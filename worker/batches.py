@@ -39,7 +39,7 @@ class Batch:
     def halves(self) -> tuple["Batch", "Batch"]:
         """Return the batch in two parts by rows; a pair stays together."""
         middle = len(self.rows) // 2
-        return self._part(range(middle)), self._part(range(middle, len(self.rows)))
+        return self.part(range(middle)), self.part(range(middle, len(self.rows)))
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
@@ -53,7 +53,8 @@ class Batch:
             None if self.desirable is None else self.desirable.to(device),
         )
 
-    def _part(self, rows: range) -> "Batch":
+    def part(self, rows: Sequence[int]) -> "Batch":
+        """Return some of the rows; a pair stays together."""
         index = [*rows, *(len(self.rows) + row for row in rows)] if self.paired else [*rows]
         return Batch(
             self.input_ids[index],
@@ -62,7 +63,7 @@ class Batch:
             self.paired,
             tuple(self.rows[row] for row in rows),
             self.fold,
-            None if self.desirable is None else self.desirable[list(rows)],
+            None if self.desirable is None else self.desirable[[*rows]],
         )
 
 

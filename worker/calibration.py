@@ -1,6 +1,7 @@
 """How far to step: a forward-only line search on rows that the step was not made from (docs/method.md, section 4).
 
-Every fold's rows are scored under the direction of the other folds, so all rows take part and none sees itself.
+Every fold's rows are scored under the direction of the other folds, so all rows take part and none sees itself. A few,
+the pilot rows, tell which step to try; all of them decide whether it is supported.
 
 Shape legend
     R  rows    J  objectives
@@ -9,7 +10,7 @@ Shape legend
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -28,7 +29,9 @@ from worker.units import OnProgress
 
 EVALUATIONS = 5
 CALIBRATION_ROWS = 256
-"""Rows scored at every step of the line search; a seeded part of larger datasets."""
+"""Rows that decide whether a step is supported; a seeded part of larger datasets."""
+PILOT_ROWS = 32
+"""Rows scored at every step of the line search; the steps that they find are as good as those of all rows."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,24 @@ class Calibration:
     """The trials in the order they were made, and the accepted one."""
 
     trials: list[Trial]
+    """On all rows."""
     accepted: Trial | None
     reason: str
+    pilot: list[Trial] = field(default_factory=list)
+    """On the pilot rows alone, where there are others."""
 
 
-Held = Sequence[Sequence[tuple[Batch, Scores]]]
-"""Of every fold, the batches that are scored, with their rows' scores under the base model."""
+ScoredBatch = tuple[Batch, Scores]
+"""With its rows' scores under the base model."""
+Held = Sequence[Sequence[ScoredBatch]]
+"""Of every fold, the batches that are scored."""
 StepScores = Callable[[float], Scores]
-"""Returns the scores of all held-out rows after a step of size eta; NumericalFailure if some are not finite."""
-Evaluator = Callable[[Sequence[Direction], Held], StepScores]
-"""Takes the directions and the rows to score under them; ``directions[f]`` was made without the rows of fold f."""
+"""Returns the scores of the held-out rows after a step of size eta; NumericalFailure if some are not finite."""
+Scorer = Callable[[Held, PhaseCounter], StepScores]
+"""Takes the rows to score, and what counts their batches."""
+Evaluator = Callable[[Sequence[Direction]], Scorer]
+"""Takes the directions to step along; ``directions[f]`` was made without the rows of fold f, and only they are scored
+under it."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +113,43 @@ class Examined:
         """Return the scores of its rows under the base model."""
         return Scores.concatenate([scores for fold in self.held for _, scores in fold])
 
+    @property
+    def batches(self) -> int:
+        """How many are scored at a step."""
+        return sum(map(len, self.held))
+
+    def parted(self) -> tuple["Examined", "Examined"]:
+        """Return the pilot rows, evenly spread over every fold's lengths, and all others, which may be none.
+
+        KTO's mismatched completions are those of a batch's other rows, so its batches stay whole.
+        """
+        if needs_mismatches(self.objectives):
+            return self, replace(self, held=[[] for _ in self.held])
+        wanted = -(-PILOT_ROWS // len(self.held))
+        parts = [_parted(fold, wanted) for fold in self.held]
+        return replace(self, held=[pilot for pilot, _ in parts]), replace(self, held=[rest for _, rest in parts])
+
+
+def _parted(fold: Sequence[ScoredBatch], wanted: int) -> tuple[list[ScoredBatch], list[ScoredBatch]]:
+    """Return as many rows as wanted, evenly spread, and the others."""
+    rows = sum(len(batch.rows) for batch, _ in fold)
+    picked = {(2 * index + 1) * rows // (2 * wanted) for index in range(wanted)} if wanted < rows else set(range(rows))
+    pilot: list[ScoredBatch] = []
+    rest: list[ScoredBatch] = []
+    begin = 0
+    for batch, scores in fold:
+        own = range(len(batch.rows))
+        inside = [row for row in own if begin + row in picked]
+        outside = [row for row in own if begin + row not in picked]
+        for part, indices in ((pilot, inside), (rest, outside)):
+            if indices:
+                part.append((batch.part(indices), scores.part(indices)))
+        begin += len(own)
+    return pilot, rest
+
 
 def calibration_batches(sizes: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
-    """Return which batches of every fold are scored, in an order that does not follow length, until rows are enough.
+    """Return which batches of every fold are scored: drawn one by one, whatever their length, until rows are enough.
 
     ``sizes`` are the rows of every fold's batches.
     """
@@ -117,76 +162,106 @@ def calibration_batches(sizes: Sequence[Sequence[int]], seed: int) -> list[list[
                 break
             fold.append(index)
             rows += own[index]
-        chosen.append(fold)
+        chosen.append(sorted(fold))
     return chosen
 
 
-def batch_counter(folds: Held, on_progress: OnProgress) -> PhaseCounter:
-    """Return what counts the batches that calibration scores, over all step sizes."""
-    return PhaseCounter(Phase.CALIBRATION, EVALUATIONS * sum(map(len, folds)), on_progress)
+def scorings(examined: Sequence[Examined]) -> int:
+    """Return how many batches a line search scores where its first choice is supported."""
+    return sum(EVALUATIONS * pilot.batches + rest.batches for pilot, rest in (one.parted() for one in examined))
 
 
-def alone(
-    base: BaseModel, targets: Mapping[str, nn.Module], objectives: Sequence[Objective], on_progress: OnProgress
-) -> Evaluator:
+def alone(base: BaseModel, targets: Mapping[str, nn.Module], objectives: Sequence[Objective]) -> Evaluator:
     """Return the evaluator that runs all forward passes in this process."""
 
-    def evaluator(directions: Sequence[Direction], folds: Held) -> StepScores:
-        count = batch_counter(folds, on_progress)
+    def evaluator(directions: Sequence[Direction]) -> Scorer:
+        def scorer(held: Held, count: PhaseCounter) -> StepScores:
+            def step_scores(eta: float) -> Scores:
+                return Scores.concatenate(
+                    [
+                        score_step(
+                            base, targets, direction, eta, [batch for batch, _ in fold], objectives, on_batch=count
+                        )
+                        for direction, fold in zip(directions, held, strict=True)
+                        if fold
+                    ]
+                )
 
-        def step_scores(eta: float) -> Scores:
-            return Scores.concatenate(
-                [
-                    score_step(
-                        base,
-                        targets,
-                        direction,
-                        eta,
-                        [batch for batch, _ in fold],
-                        objectives,
-                        on_batch=count,
-                    )
-                    for direction, fold in zip(directions, folds, strict=True)
-                ]
-            )
+            return step_scores
 
-        return step_scores
+        return scorer
 
     return evaluator
 
 
-def calibrate(examined: Sequence[Examined], mixture: Mixture, directions: Sequence[Direction]) -> Calibration:
+def calibrate(
+    examined: Sequence[Examined],
+    mixture: Mixture,
+    directions: Sequence[Direction],
+    *,
+    on_progress: OnProgress,
+    keeps: Callable[[float], bool] | None = None,
+) -> Calibration:
     """Return the step size for these directions; ``directions[f]`` was made without the rows of fold f.
 
-    A step is judged by all objectives of all datasets; ``mixture`` has them in this order.
+    A step is judged by all objectives of all datasets; ``mixture`` has them in this order. One that is not ``keeps`` is
+    not accepted.
     """
+    count = PhaseCounter(Phase.CALIBRATION, scorings(examined), on_progress)
     every = mixture.scales.split([len(one.objectives) for one in examined])
-    step_scores = [one.evaluator(directions, one.held) for one in examined]
+    scorers = [one.evaluator(directions) for one in examined]
+    parts = [one.parted() for one in examined]
+    on_pilot = [score(pilot.held, count) for score, (pilot, _) in zip(scorers, parts, strict=True)]
+    # Mismatched completions are not scored by the pass.
     references = [
-        # Mismatched completions are not scored by the pass.
-        own_scores(0.0) if needs_mismatches(one.objectives) else one.base_scores
-        for one, own_scores in zip(examined, step_scores, strict=True)
+        own(0.0) if needs_mismatches(one.objectives) else one.base_scores
+        for one, own in zip((pilot for pilot, _ in parts), on_pilot, strict=True)
     ]
+    measured: dict[float, list[Scores]] = {}
 
-    def evaluate(eta: float) -> Trial:
-        try:
-            stepped = [own_scores(eta) for own_scores in step_scores]
-        except NumericalFailure:  # the base model's own numbers are finite, so the step is too long
-            return together([failed_trial(eta, one.objectives, one.place) for one in examined])
+    def judge(eta: float, before: Sequence[Scores], after: Sequence[Scores]) -> Trial:
         return together(
             [
-                trial(eta, one.objectives, scales, reference, after, place=one.place)
-                for one, scales, reference, after in zip(examined, every, references, stepped, strict=True)
+                trial(eta, one.objectives, scales, reference, stepped, place=one.place)
+                for one, scales, reference, stepped in zip(examined, every, before, after, strict=True)
             ]
         )
 
-    losses = [
-        row_losses(objective, reference, reference).mean().item()
+    def evaluate(eta: float) -> Trial:
+        try:
+            measured[eta] = [own(eta) for own in on_pilot]
+        except NumericalFailure:  # the base model's own numbers are finite, so the step is too long
+            return together([failed_trial(eta, one.objectives, one.place) for one in examined])
+        return judge(eta, references, measured[eta])
+
+    def confirm(found: Trial) -> Trial:
+        before, after = list(references), list(measured[found.eta])
+        try:
+            for index, (scorer, (_, rest)) in enumerate(zip(scorers, parts, strict=True)):
+                if rest.batches:
+                    before[index] = Scores.concatenate([before[index], rest.base_scores])
+                    after[index] = Scores.concatenate([after[index], scorer(rest.held, count)(found.eta)])
+        except NumericalFailure:
+            return together([failed_trial(found.eta, one.objectives, one.place) for one in examined])
+        return judge(found.eta, before, after)
+
+    known = [
+        reference if needs_mismatches(one.objectives) else one.base_scores
         for one, reference in zip(examined, references, strict=True)
+    ]
+    losses = [
+        row_losses(objective, scores, scores).mean().item()
+        for one, scores in zip(examined, known, strict=True)
         for objective in one.objectives
     ]
     slope = sum(layer.descent for direction in directions for layer in direction.values()) / len(directions)
-    return line_search(evaluate, first_step(losses, mixture.scales, slope), evaluations=EVALUATIONS)
+    return line_search(
+        evaluate,
+        first_step(losses, mixture.scales, slope),
+        evaluations=EVALUATIONS,
+        confirm=confirm if any(rest.batches for _, rest in parts) else None,
+        keeps=keeps,
+    )
 
 
 def score_step(
@@ -281,24 +356,46 @@ def first_step(base_losses: Sequence[float], scales: Float[Tensor, " J"], slope:
     return 0.5 * total / slope
 
 
-def line_search(evaluate: Callable[[float], Trial], first: float, *, evaluations: int) -> Calibration:
-    """Return the best supported step: from ``first`` by factors of 2 until bracketed, then one parabola in log eta."""
-    trials = [evaluate(first)]
-    while len(trials) < evaluations:
-        following = _next_step(trials)
+def line_search(
+    evaluate: Callable[[float], Trial],
+    first: float,
+    *,
+    evaluations: int,
+    confirm: Callable[[Trial], Trial] | None = None,
+    keeps: Callable[[float], bool] | None = None,
+) -> Calibration:
+    """Return the best supported step: from ``first`` by factors of 2 until bracketed, then one parabola in log eta.
+
+    With ``confirm``, ``evaluate`` looks at a part of the rows: it orders the steps, the best first, and the first one
+    that ``confirm`` finds supported on all rows is taken. Steps that are not ``keeps`` are passed over.
+    """
+    tried = [evaluate(first)]
+    while len(tried) < evaluations:
+        following = _next_step(tried)
         if following is None:
             break
-        trials.append(evaluate(following))
-    supported = [one for one in trials if one.is_supported]
-    if supported:
-        best = min(supported, key=lambda one: one.combined.mean)
-        return Calibration(trials, best, "the step lowers the held-out objective by more than its standard error")
-    best = min(trials, key=lambda one: one.combined.mean)
+        tried.append(evaluate(following))
+    # A few rows cannot support a step; they tell which one to try.
+    hopeful = [one for one in tried if (one.combined.mean < 0 if confirm else one.is_supported)]
+    trials: list[Trial] = []
+    accepted = None
+    for one in sorted(hopeful, key=lambda one: one.combined.mean):
+        if keeps and not keeps(one.eta):
+            continue
+        trials.append(confirm(one) if confirm else one)
+        if trials[-1].is_supported:
+            accepted = trials[-1]
+            break
+    trials, pilot = (trials, tried) if confirm else (tried, [])
+    if accepted:
+        why = "the step lowers the held-out objective by more than its standard error"
+        return Calibration(trials, accepted, why, pilot)
+    best = min(trials or tried, key=lambda one: one.combined.mean)
     if best.falls and best.risen:
         why = f"every step that lowers the combined objective raises {', '.join(best.risen)} on held-out rows"
     else:
         why = "no step lowers the held-out objective by more than its standard error"
-    return Calibration(trials, None, why)
+    return Calibration(trials, None, why, pilot)
 
 
 def _next_step(trials: Sequence[Trial]) -> float | None:

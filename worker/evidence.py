@@ -16,7 +16,7 @@ from torch import Tensor
 from d2lora.initializations import Frozen, HeldOut, InitializationSpec, ResultSummary
 from d2lora.roles import MEASURING, Role, without_dataset_ids
 from d2lora.supervision import Supervision
-from worker.calibration import Calibration
+from worker.calibration import Calibration, Trial
 from worker.data import Encoded, Example
 from worker.models import weight_norm
 from worker.pipeline import BuiltAdapter
@@ -224,18 +224,20 @@ def _calibration_report(calibration: Calibration, *, folds: int, rows: int) -> C
     return CalibrationReport(
         folds=folds,
         rows=rows,
-        trials=[
-            TrialReport(
-                eta=trial.eta,
-                combined_change=_finite(trial.combined.mean),
-                combined_standard_error=trial.combined.error,
-                changes={name: _finite(change.mean) for name, change in trial.objectives.items()},
-                standard_errors={name: change.error for name, change in trial.objectives.items()},
-            )
-            for trial in calibration.trials
-        ],
+        trials=[_trial_report(one) for one in calibration.trials],
         accepted_eta=calibration.accepted.eta if calibration.accepted else None,
         reason=calibration.reason,
+        pilot=[_trial_report(one) for one in calibration.pilot],
+    )
+
+
+def _trial_report(trial: Trial) -> TrialReport:
+    return TrialReport(
+        eta=trial.eta,
+        combined_change=_finite(trial.combined.mean),
+        combined_standard_error=trial.combined.error,
+        changes={name: _finite(change.mean) for name, change in trial.objectives.items()},
+        standard_errors={name: change.error for name, change in trial.objectives.items()},
     )
 
 

@@ -140,7 +140,7 @@ def initialize(
             one_pass = complete(
                 rebuild, base, targets, settings=settings, directory=directory, on_progress=clock, on_pass=keep
             )
-            evaluators = [alone(base, targets, objectives, clock)]
+            evaluators = [alone(base, targets, objectives)]
             built = adapter_from([one_pass], spec, evaluators=evaluators, on_progress=clock, restraint=restraint)
     return _deliver(subject, spec, rows, built, evaluation, shards=1, out=out, settings=settings, clock=clock)
 
@@ -229,9 +229,7 @@ def finish(
     with _statistics_directory(out) as directory:
         keep = partial(keep_pass, out, base, spec, None) if spec.keep_statistics else None
         one_pass = merge(base, targets, spec, planned, shards, directory=directory, on_progress=clock, on_pass=keep)
-        evaluator = shared(
-            share, planned.base, objectives, directory=directory, pad_token_id=base.pad_token_id, on_progress=clock
-        )
+        evaluator = shared(share, planned.base, objectives, directory=directory, pad_token_id=base.pad_token_id)
         built = adapter_from([one_pass], spec, evaluators=[evaluator], on_progress=clock)
     shards_used = len(planned.shards)
     return _deliver(

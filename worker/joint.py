@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from d2lora.initializations import InitializationSpec
+from d2lora.initializations import InitializationSpec, Phase
 from d2lora.settings import WorkerSettings
 from worker.batches import distinct_rows, make_batches
-from worker.calibration import EVALUATIONS, alone
+from worker.calibration import alone, scorings
 from worker.combining import objective_gramian
 from worker.data import Example, needed
 from worker.directions import Pass, coefficients_of, names_of, statistics_of
@@ -26,7 +26,7 @@ from worker.factors import inner_products
 from worker.gathering import FOLDS, gather_statistics, tokens_per_batch
 from worker.models import BaseModel
 from worker.objectives import bases_of, resolve_objectives
-from worker.pipeline import BuiltAdapter, adapter_from, pass_of
+from worker.pipeline import BuiltAdapter, adapter_from, examined, pass_of
 from worker.progress import shares
 from worker.units import OnProgress
 
@@ -62,16 +62,14 @@ def build_jointly(
     """
     passes = _passes(base, targets, spec, datasets, settings=settings, directory=directory, on_progress=on_progress)
     groups = [passes] if spec.adapters is None else [[one] for one in passes]
-    directing = shares([len(group[0].statistics) for group in groups], on_progress)
-    scoring = iter(shares([EVALUATIONS * sum(map(len, one.held)) for one in passes], on_progress))
+    evaluators = [[alone(base, targets, one.objectives) for one in group] for group in groups]
+    totals = {
+        Phase.FACTORS: [len(group[0].statistics) for group in groups],
+        Phase.CALIBRATION: [scorings(examined(group, own)) for group, own in zip(groups, evaluators, strict=True)],
+    }
     adapters = [
-        adapter_from(
-            group,
-            spec,
-            evaluators=[alone(base, targets, one.objectives, next(scoring)) for one in group],
-            on_progress=report,
-        )
-        for group, report in zip(groups, directing, strict=True)
+        adapter_from(group, spec, evaluators=own, on_progress=report)
+        for group, own, report in zip(groups, evaluators, shares(totals, on_progress), strict=True)
     ]
     if spec.adapters is None:
         return Joint(adapters, adapters[0].names, adapters[0].mixture.cosines)
@@ -98,7 +96,7 @@ def _passes(
         for asked, rows in zip(spec.training.values(), datasets, strict=True)
     ]
     examples = [needed(rows, own) for rows, own in zip(datasets, objectives, strict=True)]
-    reports = shares([len(rows) for rows in examples], on_progress)
+    reports = shares({Phase.STATISTICS: [len(rows) for rows in examples]}, on_progress)
     folds = deal_folds(examples, seed=spec.seed)
     passes: list[Pass] = []
     for place, asked, rows, dealt, report in zip(spec.training, objectives, examples, folds, reports, strict=True):

@@ -85,6 +85,10 @@ class Scores:
         parts = {name: tensor.split(list(sizes)) for name, tensor in self.tensors().items()}
         return [Scores(**{name: tensors[index] for name, tensors in parts.items()}) for index in range(len(sizes))]
 
+    def part(self, rows: Sequence[int]) -> "Scores":
+        """Return some of the rows."""
+        return Scores(**{name: tensor[[*rows]] for name, tensor in self.tensors().items()})
+
     def tensors(self) -> dict[str, Tensor]:
         """Return what is known, by name."""
         known = {name: getattr(self, name) for name in Scores.__dataclass_fields__}

@@ -9,6 +9,7 @@ Shape legend
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def build_adapter(
     built = adapter_from(
         [one_pass],
         spec,
-        evaluators=[alone(base, targets, objectives, on_progress)],
+        evaluators=[alone(base, targets, objectives)],
         on_progress=on_progress,
         restraint=restraint,
     )
@@ -225,17 +226,12 @@ def adapter_from(
     statistics, coefficients = statistics_of(passes), coefficients_of(passes)
     products = inner_products(statistics, coefficients.shape[1])
     mixture, direction = combined_direction(passes, products, spec)
-    examined = [
-        Examined(one.objectives, one.held, evaluator, one.place)
-        for one, evaluator in zip(passes, evaluators, strict=True)
-    ]
+    asked = examined(passes, evaluators)
     calibration, retained, directions = None, None, []
     if spec.start == "calibrated" and len(statistics) > 1:
         directions = leave_one_out_directions(passes, products, spec, on_progress)
 
-        def search(others: Sequence[Direction]) -> Calibration:
-            return calibrate(examined, mixture, others)
-
+        search = partial(calibrate, asked, mixture, on_progress=on_progress)
         if restraint is None:
             calibration = search(directions)
         else:
@@ -258,11 +254,19 @@ def adapter_from(
         calibration=calibration,
         eta=eta,
         reason=_reason(spec, calibration, datasets=len(spec.training)),
-        held_out=held_out(examined, accepted),
+        held_out=held_out(asked, accepted),
         leave_one_out=directions if spec.rounds > 1 else [],
         retained=retained,
         allocation=allocation,
     )
+
+
+def examined(passes: Sequence[Pass], evaluators: Sequence[Evaluator]) -> list[Examined]:
+    """Return what a line search asks the rows of every pass, with an evaluator for each."""
+    return [
+        Examined(one.objectives, one.held, evaluator, one.place)
+        for one, evaluator in zip(passes, evaluators, strict=True)
+    ]
 
 
 def _reason(spec: InitializationSpec, calibration: Calibration | None, *, datasets: int) -> str:

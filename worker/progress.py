@@ -1,6 +1,6 @@
 """How far a phase is, told at least once per batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from d2lora.initializations import Phase
 from worker.units import OnProgress
@@ -24,15 +24,15 @@ class PhaseCounter:
         self(max(0, done - self._done))
 
 
-def shares(totals: Sequence[int], on_progress: OnProgress) -> list[OnProgress]:
-    """Return what the parts of a phase report to, whose own totals are these; their sum is passed on."""
-    done = [0] * len(totals)
+def shares(totals: Mapping[Phase, Sequence[int]], on_progress: OnProgress) -> list[OnProgress]:
+    """Return what the parts of these phases report to, each with its own totals; their sums are passed on."""
+    done = {phase: [0] * len(own) for phase, own in totals.items()}
 
     def share(index: int) -> OnProgress:
         def report(phase: Phase, own: int, _total: int) -> None:
-            done[index] = own
-            on_progress(phase, sum(done), sum(totals))
+            done[phase][index] = own
+            on_progress(phase, sum(done[phase]), sum(totals[phase]))
 
         return report
 
-    return [share(index) for index in range(len(totals))]
+    return [share(index) for index in range(min(map(len, totals.values())))]

@@ -80,10 +80,12 @@ class CalibrationReport(Frozen):
 
     folds: int
     rows: int
-    """Rows scored at every step; a seeded part of them where the dataset is large."""
+    """Rows that every trial was scored on; a seeded part of them where the dataset is large."""
     trials: list[TrialReport]
     accepted_eta: float | None
     reason: str
+    pilot: list[TrialReport] = Field(default_factory=list)
+    """The same on some of the rows alone: these tell which step to try on all; empty where there are no others."""
 
 
 class RoundReport(Frozen):

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from d2lora.errors import DatasetInvalid, NumericalFailure
 from d2lora.initializations import InitializationSpec, Phase, Retained, Sft
 from worker.batches import Batch, assign_folds, distinct_rows, make_batches
-from worker.calibration import Calibration, Trial, calibration_batches, score_step
+from worker.calibration import Calibration, calibration_batches, score_step
 from worker.data import Example, needed
 from worker.factors import Direction
 from worker.halving import in_halves
@@ -73,6 +73,15 @@ class Restraint:
     """Returns how much a step of size eta along a direction raises the loss of the held-out rows."""
     tolerance: float
     """Nats per token by which it may rise."""
+
+
+@runtime_checkable
+class Search(Protocol):
+    """What `worker.calibration.calibrate` is once it knows its rows and objectives."""
+
+    def __call__(self, directions: Sequence[Direction], /, *, keeps: Callable[[float], bool]) -> Calibration:
+        """Return the best supported step among those that are ``keeps``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,7 @@ def restrained(leading: LowRank, spectrum: Spectrum, nu: float, rank: int) -> Lo
 def restrain(
     leading: Direction,
     others: Sequence[Direction],
-    calibrate: Callable[[Sequence[Direction]], Calibration],
+    calibrate: Search,
     restraint: Restraint,
     *,
     rank: int,
@@ -179,41 +188,23 @@ def restrain(
     keeps it from the first is the plain one.
     """
     text, tolerance = restraint.text, restraint.tolerance
-    direction: Direction
-    tried: list[tuple[float, Direction, Calibration]] = []
-    best: tuple[Trial, float, int] | None = None
-    unrestrained = 0.0
-    for number, strength in enumerate(STRENGTHS):
-        nu = strength / text.scale
-        direction = _all_restrained(leading, text, nu, rank)
-        calibration = calibrate([_all_restrained(other, text, nu, rank) for other in others])
-        tried.append((nu, direction, calibration))
-        supported = sorted((one for one in calibration.trials if one.is_supported), key=lambda one: one.combined.mean)
-        kept = None
-        for trial in supported:
-            rise = restraint.change(direction, trial.eta)
-            if number == 0 and trial is supported[0]:
-                unrestrained = rise
-            if rise <= tolerance:
-                kept = trial
-                if best is None or trial.combined.mean < best[0].combined.mean:
-                    best = (trial, rise, number)
-                break
-        if not supported or kept is supported[0]:
-            break  # there is no step to restrain, or the tolerance does not bind
-    if best is None:
-        nu, direction, calibration = tried[0]
-        rise, mu = 0.0, 0.0
-        if calibration.accepted is not None:
-            why = f"every step that lowers the objective raises the loss of retain rows by more than {tolerance:g}"
-            calibration = replace(calibration, accepted=None, reason=why)
+    tried: list[_Tried] = []
+    for strength in STRENGTHS:
+        tried.append(_search(leading, others, calibrate, restraint, strength / text.scale, rank))
+        if not tried[-1].bound:
+            break
+    unrestrained = next(iter(tried[0].rises.values()), 0.0)
+    kept = [(accepted, one) for one in tried if (accepted := one.calibration.accepted)]
+    if kept:
+        accepted, chosen = min(kept, key=lambda pair: pair[0].combined.mean)
+        rise, mu = chosen.rises[accepted.eta], chosen.nu / accepted.eta
+        why = "the step lowers the held-out objective and keeps the loss of retain rows within its tolerance"
     else:
-        trial, rise, number = best
-        nu, direction, calibration = tried[number]
-        mu = nu / trial.eta
-        if trial is not calibration.accepted:
-            why = "the step lowers the held-out objective and keeps the loss of retain rows within its tolerance"
-            calibration = replace(calibration, accepted=trial, reason=why)
+        chosen, rise, mu = tried[0], 0.0, 0.0
+        why = f"every step that lowers the objective raises the loss of retain rows by more than {tolerance:g}"
+    direction, calibration = chosen.direction, chosen.calibration
+    if tried[0].bound:
+        calibration = replace(calibration, reason=why)
     return Restrained(
         direction,
         calibration,
@@ -227,6 +218,38 @@ def restrain(
             strengths=list(STRENGTHS[: len(tried)]),
         ),
     )
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """The search with one strength."""
+
+    nu: float
+    direction: Direction
+    calibration: Calibration
+    rises: dict[float, float]
+    """Of the loss of general text, by eta, the best step first, down to one that is accepted."""
+    bound: bool
+    """Whether the tolerance has ruled a step out."""
+
+
+def _search(
+    leading: Direction,
+    others: Sequence[Direction],
+    calibrate: Search,
+    restraint: Restraint,
+    nu: float,
+    rank: int,
+) -> _Tried:
+    direction = _all_restrained(leading, restraint.text, nu, rank)
+    rises: dict[float, float] = {}
+
+    def keeps(eta: float) -> bool:
+        rises[eta] = restraint.change(direction, eta)
+        return rises[eta] <= restraint.tolerance
+
+    calibration = calibrate([_all_restrained(other, restraint.text, nu, rank) for other in others], keeps=keeps)
+    return _Tried(nu, direction, calibration, rises, any(rise > restraint.tolerance for rise in rises.values()))
 
 
 def restraint_from(

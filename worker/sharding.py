@@ -260,7 +260,7 @@ class _Chosen:
 
     @property
     def held(self) -> list[list[tuple[Batch, Scores]]]:
-        """The chosen batches of every fold, in the order of the choice."""
+        """The chosen batches of every fold."""
         return [[self._found[place] for place in own] for own in self._places]
 
 

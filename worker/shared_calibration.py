@@ -1,9 +1,10 @@
 """Calibration's forward passes, shared among workers.
 
-The builder writes every fold's leave-one-out direction and held-out batches into a file once. Each step size of the
-line search then becomes tasks of a few batches each, which any worker scores.
+The builder writes every fold's leave-one-out direction, and its held-out batches, into a file once. Each step size of
+the line search then becomes tasks of a few batches each, which any worker scores.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from d2lora.errors import ChecksumMismatch, NumericalFailure
 from d2lora.initializations import InitializationSpec, Objective, Phase
 from d2lora.shards import EvaluationTask
 from worker.batches import Batch
-from worker.calibration import Evaluator, Held, StepScores, batch_counter, score_step
+from worker.calibration import Evaluator, Held, Scorer, StepScores, score_step
 from worker.factors import Direction
 from worker.models import BaseModel
 from worker.objectives import Scores, needs_mismatches, resolve_objectives
@@ -36,32 +37,41 @@ def shared(
     *,
     directory: Path,
     pad_token_id: int,
-    on_progress: OnProgress,
 ) -> Evaluator:
     """Return the evaluator that lets any worker take part; its files lie in ``directory``."""
 
-    def evaluator(directions: Sequence[Direction], folds: Held) -> StepScores:
-        count = batch_counter(folds, on_progress)
-        files: dict[str, Path] = {}
-        pieces: list[EvaluationTask] = []
-        references: list[Scores] = []
-        for fold, (direction, held) in enumerate(zip(directions, folds, strict=True)):
-            names = [f"direction-{fold}.safetensors", f"held-out-{fold}.safetensors"]
-            files |= {name: directory / name for name in names}
-            batches = [batch for batch, _ in held]
-            write_direction(files[names[0]], direction)
-            write_batches(files[names[1]], batches, base, pad_token_id=pad_token_id)
-            runs = cut([int(batch.attention_mask.sum()) for batch in batches], -(-PIECES // len(folds)))
-            pieces += [EvaluationTask(eta=0.0, fold=fold, files=names, batches=list(run)) for run in runs]
-            references += [_expected(objectives, [held[index][1] for index in run]) for run in runs]
+    def evaluator(directions: Sequence[Direction]) -> Scorer:
+        names = [f"direction-{fold}.safetensors" for fold in range(len(directions))]
+        for name, direction in zip(names, directions, strict=True):
+            write_direction(directory / name, direction)
+        parts = itertools.count()
 
-        def step_scores(eta: float) -> Scores:
-            tasks = [piece.model_copy(update={"eta": eta}) for piece in pieces]
-            answers = share(files, tasks)
-            count(sum(map(len, folds)))
-            return Scores.concatenate([_from_json(*pair) for pair in zip(answers, references, strict=True)])
+        def scorer(held: Held, count: PhaseCounter) -> StepScores:
+            part = next(parts)  # what was shared under a name stays what it is
+            files = {name: directory / name for name in names}
+            pieces: list[EvaluationTask] = []
+            references: list[Scores] = []
+            folds = [(fold, own) for fold, own in enumerate(held) if own]
+            for fold, own in folds:
+                rows = f"held-out-{part}-{fold}.safetensors"
+                files[rows] = directory / rows
+                batches = [batch for batch, _ in own]
+                write_batches(files[rows], batches, base, pad_token_id=pad_token_id)
+                runs = cut([int(batch.attention_mask.sum()) for batch in batches], -(-PIECES // len(folds)))
+                pieces += [
+                    EvaluationTask(eta=0.0, fold=fold, files=[names[fold], rows], batches=list(run)) for run in runs
+                ]
+                references += [_expected(objectives, [own[index][1] for index in run]) for run in runs]
 
-        return step_scores
+            def step_scores(eta: float) -> Scores:
+                tasks = [piece.model_copy(update={"eta": eta}) for piece in pieces]
+                answers = share(files, tasks)
+                count(sum(map(len, held)))
+                return Scores.concatenate([_from_json(*pair) for pair in zip(answers, references, strict=True)])
+
+            return step_scores
+
+        return scorer
 
     return evaluator
 

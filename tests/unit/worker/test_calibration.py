@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 
-from d2lora.initializations import Dpo, Sft
-from worker.calibration import Change, Trial, failed_trial, first_step, line_search, together, trial
+from d2lora.initializations import Dpo, Kto, Sft
+from tests.unit.worker.conftest import as_examples, reference_rows
+from worker.batches import make_batches
+from worker.calibration import Change, Examined, Trial, failed_trial, first_step, line_search, together, trial
 from worker.objectives import Scores
 
 
@@ -61,6 +63,129 @@ def test_steps_that_overflow_are_walked_away_from():
 
     assert found.accepted is not None
     assert found.accepted.eta <= 0.3
+
+
+def confirming(evaluate):
+    """The same on all rows, told apart by an error of its own."""
+
+    def confirm(found):
+        confirm.asked.append(found.eta)
+        return evaluate(found.eta)
+
+    confirm.asked = []
+    return confirm
+
+
+def test_a_step_that_pilot_rows_find_is_confirmed_once_on_all():
+    pilot, whole = valley(1.0, error=5.0), valley(1.1)
+    confirm = confirming(whole)
+
+    found = line_search(pilot, 1.0, evaluations=5, confirm=confirm)
+
+    assert confirm.asked == [1.0]
+    assert found.trials == [found.accepted]
+    assert found.accepted.combined == whole(1.0).combined
+    assert [one.eta for one in found.pilot] == pilot.asked
+
+
+def test_a_step_that_all_rows_do_not_support_gives_way_to_the_next_best_of_the_pilot():
+    confirm = confirming(valley(1.0, others=lambda eta: Change(0.5 if eta > 0.6 else -0.5, 0.1)))
+
+    found = line_search(valley(1.0), 1.0, evaluations=5, confirm=confirm)
+
+    assert found.accepted.eta == 0.5
+    assert confirm.asked[0] == 1.0
+    assert [one.eta for one in found.trials] == confirm.asked
+
+
+def test_what_no_rows_support_is_not_accepted_and_says_why():
+    raised = line_search(
+        valley(1.0), 1.0, evaluations=5, confirm=confirming(valley(1.0, others=lambda _: Change(0.5, 0.1)))
+    )
+    rising = lambda eta: Trial(eta, Change(eta, 0.01), {}, {})
+    nothing = line_search(rising, 1.0, evaluations=5, confirm=confirming(valley(1.0)))
+
+    assert raised.accepted is nothing.accepted is None
+    assert "raises dpo" in raised.reason
+    assert nothing.trials == []  # no pilot step falls, so there is none to confirm
+    assert len(nothing.pilot) == 5
+
+
+def test_steps_that_must_not_be_taken_are_passed_over():
+    confirm = confirming(valley(1.0))
+
+    plain = line_search(valley(1.0), 1.0, evaluations=5, keeps=lambda eta: eta < 0.9)
+    confirmed = line_search(valley(1.0), 1.0, evaluations=5, confirm=confirm, keeps=lambda eta: eta < 0.9)
+
+    assert plain.accepted.eta == confirmed.accepted.eta == 0.5
+    assert confirm.asked == [0.5]
+
+
+def held(sizes, *, paired=True):
+    """Folds of batches of these sizes, each with scores that tell the rows."""
+    folds, number = [], 0
+    for fold, own in enumerate(sizes):
+        batches = make_batches(
+            as_examples(reference_rows(sum(own), paired=paired, seed=fold)),
+            [fold] * sum(own),
+            max_tokens=10_000,
+            pad_token_id=0,
+        )
+        (whole,) = batches
+        begin, parts = 0, []
+        for size in own:
+            rows = [*range(begin, begin + size)]
+            values = torch.arange(number, number + size).double()
+            tokens = torch.ones(size, dtype=torch.int64)
+            parts.append((whole.part(rows), Scores(values, tokens, values, tokens)))
+            begin, number = begin + size, number + size
+        folds.append(parts)
+    return folds
+
+
+def numbers(examined):
+    return [[int(value) for _, scores in fold for value in scores.chosen_logps] for fold in examined.held]
+
+
+def test_pilot_rows_are_spread_over_every_fold_and_the_rest_is_all_others():
+    whole = Examined([Sft(), Dpo()], held([[12, 8], [20], [1, 1, 18], [2]]), evaluator=lambda _: None)
+
+    pilot, rest = whole.parted()
+
+    assert [len(own) for own in numbers(pilot)] == [8, 8, 8, 2]
+    assert numbers(pilot)[1] == [21, 23, 26, 28, 31, 33, 36, 38]
+    for all_rows, first, second in zip(numbers(whole), numbers(pilot), numbers(rest), strict=True):
+        assert sorted(first + second) == all_rows
+    for part in (pilot, rest):
+        for fold in part.held:
+            for batch, scores in fold:
+                assert batch.input_ids.shape[0] == 2 * len(batch.rows) == 2 * len(scores.chosen_logps)
+    originals = {
+        int(value): batch.input_ids[row]
+        for fold in whole.held
+        for batch, scores in fold
+        for row, value in enumerate(scores.chosen_logps)
+    }
+    for fold in rest.held:
+        for batch, scores in fold:
+            for row, value in enumerate(scores.chosen_logps):
+                assert torch.equal(batch.input_ids[row], originals[int(value)])
+
+
+def test_pilot_rows_are_the_same_however_rows_are_batched():
+    one, other = (Examined([Sft()], held(sizes), evaluator=lambda _: None) for sizes in ([[39, 1]], [[12, 2, 26]]))
+
+    assert numbers(one.parted()[0]) == numbers(other.parted()[0])
+
+
+@pytest.mark.parametrize("objectives", [[Sft()], [Kto()]])
+def test_few_rows_and_those_of_kto_have_no_rest(objectives):
+    folds = held([[8], [8], [8], [8]] if objectives == [Sft()] else [[40], [40]])
+
+    pilot, rest = Examined(objectives, folds, evaluator=lambda _: None).parted()
+
+    assert numbers(pilot) == numbers(Examined(objectives, folds, evaluator=lambda _: None))
+    assert rest.batches == 0
 
 
 def scores(chosen, rejected):

@@ -10,6 +10,7 @@ from d2lora.settings import WorkerSettings
 from tests.support.models import as_base, tiny_llama
 from tests.support.reference import ReferenceRow, sft_loss, weight_gradients
 from tests.unit.worker.conftest import all_dpo_losses, as_examples, labeled_rows, reference_rows
+from worker import calibration
 from worker.factors import calibrated_step
 from worker.gathering import deal_batches
 from worker.pipeline import build_adapter
@@ -65,6 +66,26 @@ def test_the_exact_direction_is_the_dense_svd_of_the_normalized_gradient(tmp_pat
         best = (left[:, :4] * values[:4]) @ right[:4]
         ours = (layer.left * layer.values) @ layer.right
         assert (ours.double() - best).norm() < 1e-4 * values[0], name
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_step_of_the_pilot_is_judged_on_all_rows(tmp_path, monkeypatch, paired):
+    rows = learnable_rows(48, paired=paired)
+    found = build(rows, tmp_path / "pilot").calibration
+    monkeypatch.setattr(calibration, "PILOT_ROWS", 48)
+
+    whole = build(rows, tmp_path / "whole").calibration
+
+    assert whole.pilot == []
+    assert len(found.trials) == 1
+    assert found.accepted.eta in [one.eta for one in found.pilot]
+    same = [one for one in whole.trials if one.eta == found.pilot[0].eta]
+    assert same[0].combined.mean != pytest.approx(found.pilot[0].combined.mean, rel=1e-6)
+    by_eta = {one.eta: one for one in whole.trials}
+    if found.accepted.eta in by_eta:
+        assert found.accepted.combined.mean == pytest.approx(by_eta[found.accepted.eta].combined.mean, rel=1e-9)
+        assert found.accepted.combined.error == pytest.approx(by_eta[found.accepted.eta].combined.error, rel=1e-9)
+    assert found.accepted.combined.mean == pytest.approx(whole.accepted.combined.mean, rel=0.05)
 
 
 def test_the_step_goes_down_the_gradient(tmp_path):

@@ -351,11 +351,12 @@ def test_the_search_takes_the_best_step_of_the_first_restraint_that_binds_no_mor
     def trial(eta, phi):
         return Trial(eta, Change(phi, 0.1), {}, {})
 
-    def calibrate(others):
+    def calibrate(others, *, keeps):
         number = len(strength_of)
         strength_of[others[0]["layer"].values.item()] = number
         trials = [trial(eta, phi) for eta, (phi, _) in table[number].items()]
-        return Calibration(trials, min(trials, key=lambda one: one.combined.mean), "found")
+        ordered = sorted(trials, key=lambda one: one.combined.mean)
+        return Calibration(trials, next((one for one in ordered if keeps(one.eta)), None), "found")
 
     def change(direction, eta):
         return table[strength_of[direction["layer"].values.item()]][eta][1]
