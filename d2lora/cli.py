@@ -350,11 +350,13 @@ def _described(file: DatasetFile) -> dict[str, Any]:
 def _dataset_file(path: Path, columns: list[str] | None, format_: Format | None) -> DatasetFile:
     if not path.is_file():
         _stop(f"there is no file {path}", 2)
-    mapping = {}
+    mapping: dict[str, str] = {}
     for pair in columns or []:
         ours, separator, theirs = pair.partition("=")
         if not (ours and separator and theirs):
             _stop(f"--column {pair}: must be written ours=theirs", 2)
+        if ours in mapping:
+            _stop(f"--column {pair}: {ours} is mapped to {mapping[ours]} already", 2)
         mapping[ours] = theirs
     return DatasetFile(path, format_ or Format.of(path), mapping)
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -41,6 +41,7 @@ from d2lora.rows import (
 
 _JSON_ARRAY_BYTES = 64 * 2**20
 """The text of a JSON array is held in one piece, unlike the other formats."""
+_ARRAY = "is an array and not an object; a file that is one array of rows has the format json"
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -132,7 +133,8 @@ def read_rows(file: DatasetFile, limits: DatasetLimits | None = None) -> Iterato
             if count > limits.max_rows:
                 raise DatasetInvalid(f"more than {limits.max_rows} rows", row=number)
             if not isinstance(record, dict):
-                raise DatasetSyntaxInvalid("is not an object", row=number)
+                in_array = file.format is Format.JSONL and isinstance(record, list)
+                raise DatasetSyntaxInvalid(_ARRAY if in_array else "is not an object", row=number)
             if nested_too_deeply(record):
                 raise DatasetSyntaxInvalid("is nested too deeply", row=number)
             normalized, spelled = normalize(record, file.columns, number)
@@ -194,7 +196,7 @@ def _records(stream: BinaryIO, file: DatasetFile, limits: DatasetLimits) -> Iter
         case Format.JSON:
             return _json_array(stream, limits)
         case Format.CSV:
-            return _csv(stream, limits)
+            return _csv(stream, limits, READ_COLUMNS.union(file.columns.values()))
         case Format.PARQUET:
             return _parquet(stream, limits, READ_COLUMNS.union(file.columns.values()))
 
@@ -206,6 +208,8 @@ def _jsonl(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, Any]]
         number += 1
         _check_size(len(line.rstrip(b"\r\n")), limits, number)
         text = _decode(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, number)
+        if text.strip() == "[":  # of an array that goes on in the next lines
+            raise DatasetSyntaxInvalid(_ARRAY, row=number)
         if text.strip():
             with _json_faults(number):
                 record = json.loads(text)
@@ -224,7 +228,9 @@ def _json_array(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, 
     if position == len(text):
         return
     if text[position] != "[":
-        raise DatasetSyntaxInvalid("must be an array of objects")
+        raise DatasetSyntaxInvalid(
+            "must be an array of objects; a file with an object in every line has the format jsonl"
+        )
     decoder = json.JSONDecoder()
     position, number = _skip_blank(text, position + 1), 0
     while number or text[position : position + 1] != "]":
@@ -246,7 +252,7 @@ def _json_array(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, 
         raise DatasetSyntaxInvalid(f"text after the array at character {position + 2}")
 
 
-def _csv(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, Any]]:
+def _csv(stream: BinaryIO, limits: DatasetLimits, wanted: frozenset[str]) -> Iterator[tuple[int, Any]]:
     # The limit is the whole process's, so it is raised and never lowered; rows are measured below.
     csv.field_size_limit(max(csv.field_size_limit(), limits.max_row_bytes))
     number, size = 0, 0
@@ -262,7 +268,7 @@ def _csv(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, Any]]:
 
     reader = csv.DictReader(lines(), strict=True)
     try:
-        _ = reader.fieldnames  # reads the header
+        _check_header(reader.fieldnames or [], wanted)
         size = 0
         for row in reader:
             number, size = number + 1, 0
@@ -270,7 +276,18 @@ def _csv(stream: BinaryIO, limits: DatasetLimits) -> Iterator[tuple[int, Any]]:
                 raise DatasetSyntaxInvalid("has not as many cells as the header", row=number)
             yield number, dict(row)
     except csv.Error as error:
-        raise DatasetSyntaxInvalid(f"is not CSV: {error}", row=number + 1) from error
+        why = "a line ends in CR alone; write LF or CRLF" if "new-line character" in str(error) else error
+        raise DatasetSyntaxInvalid(f"is not CSV: {why}", row=number + 1) from error
+
+
+def _check_header(names: Sequence[str], wanted: frozenset[str]) -> None:
+    """Refuse headers of which a row would be read otherwise than meant."""
+    for name in sorted(wanted):
+        if names.count(name) > 1:
+            raise DatasetSyntaxInvalid("is in the header more than once", field=name)
+    separated = [mark for mark in (";", "\t", "|") if len(names) == 1 and mark in names[0]]
+    if separated and names[0] not in wanted:
+        raise DatasetSyntaxInvalid(f"the header is one column with {separated[0]!r} in it; separate cells by commas")
 
 
 def _parquet(stream: BinaryIO, limits: DatasetLimits, wanted: frozenset[str]) -> Iterator[tuple[int, Any]]:
@@ -283,6 +300,7 @@ def _parquet(stream: BinaryIO, limits: DatasetLimits, wanted: frozenset[str]) ->
         if file.metadata.num_rows > limits.max_rows:
             raise DatasetInvalid(f"more than {limits.max_rows} rows", row=limits.max_rows + 1)
         names = file.schema_arrow.names
+        _check_header(names, wanted)
         read = [name for name in names if name in wanted]
         _check_groups(file.metadata, read, limits)
         absent = dict.fromkeys(names)
@@ -313,7 +331,9 @@ def _check_size(size: int, limits: DatasetLimits, number: int) -> None:
         raise DatasetInvalid(f"is longer than {limits.max_row_bytes} bytes", row=number)
 
 
-def _decode(content: bytes, number: int | None) -> str:
+def _decode(content: bytes, number: int) -> str:
+    if number == 1 and content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DatasetEncodingInvalid("is UTF-16 and not UTF-8", row=number)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -77,6 +77,8 @@ async def create_dataset(
     column: Annotated[list[str] | None, Query(description="`ours:theirs`, for files with other column names")] = None,
 ) -> Dataset:
     """Store a file of rows, sent as the body, after every row has been read and found good."""
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise RequestInvalid("Content-Encoding: send the file as it is; compressed bodies are not taken")
     kind = format or _format_of(request)
     columns = _columns(column or [])
     with tempfile.TemporaryDirectory(prefix="d2lora-upload-") as directory:
@@ -123,7 +125,10 @@ def _columns(pairs: list[str]) -> dict[str, str]:
     split = [pair.partition(":") for pair in pairs]
     if not all(separator and ours and theirs for ours, separator, theirs in split):
         raise RequestInvalid("column: must be written ours:theirs, such as prompt:question")
-    return {ours: theirs for ours, _, theirs in split}
+    columns = {ours: theirs for ours, _, theirs in split}
+    if len(columns) < len(pairs):
+        raise RequestInvalid("column: each of ours may be mapped once")
+    return columns
 
 
 async def _receive(request: Request, path: Path, settings: ServiceSettings) -> None:

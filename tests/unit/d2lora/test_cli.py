@@ -179,6 +179,7 @@ def test_validate_names_the_row_at_fault(rows, tmp_path):
     [
         (["validate", "nothing.jsonl"], 2, "there is no file"),
         (["validate", "rows.jsonl", "--column", "prompt"], 2, "ours=theirs"),
+        (["validate", "rows.jsonl", "--column", "prompt=a", "--column", "prompt=b"], 2, "is mapped to a already"),
         (["submit", "m", "rows.jsonl", "--r", "0"], 2, "greater than or equal to 1"),
         (["status", "init_1"], 2, "no API key"),
         (["status", "init_1", "--api-key", "k", "--url", "http://127.0.0.1:9"], 3, "service_unreachable"),

@@ -410,3 +410,45 @@ def test_the_format_follows_from_the_suffix(tmp_path):
     assert Format.of(tmp_path / "a.CSV") is Format.CSV
     with pytest.raises(DatasetSyntaxInvalid, match="known are jsonl"):
         Format.of(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("format", "content", "said"),
+    [
+        (Format.JSONL, b'[{"text": "a"}]', "row 1: is an array and not an object; .* has the format json"),
+        (Format.JSONL, b'[\n  {"text": "a"}\n]\n', "row 1: is an array and not an object"),
+        (Format.JSON, b'{"text": "a"}\n{"text": "b"}\n', "an object in every line has the format jsonl"),
+        (Format.JSONL, '{"text": "a"}\n'.encode("utf-16"), "row 1: is UTF-16"),
+        (Format.CSV, "text\na\n".encode("utf-16"), "row 1: is UTF-16"),
+        (Format.CSV, b"prompt;completion\na;b\n", "one column with ';' in it; separate cells by commas"),
+        (Format.CSV, b"prompt\tcompletion\na\tb\n", r"one column with '\\t' in it"),
+        (Format.CSV, b"prompt,completion\ra,b\r", "a line ends in CR alone"),
+        (Format.CSV, b"prompt,prompt,completion\na,x,b\n", "field 'prompt': is in the header more than once"),
+    ],
+)
+def test_what_is_commonly_taken_for_a_format_is_named(tmp_path, format, content, said):
+    path = tmp_path / "rows"
+    path.write_bytes(content)
+
+    with pytest.raises(DatasetInvalid, match=said):
+        inspect(DatasetFile(path, format))
+
+
+def test_a_header_may_repeat_what_is_not_read_and_hold_what_is_mapped(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("id,id,prompt,completion\n1,2,a,b\n")
+    assert inspect(DatasetFile(path, Format.CSV)).rows == 1
+
+    path.write_text("a;b\nsome text\n")
+    assert inspect(DatasetFile(path, Format.CSV, {"text": "a;b"})).rows == 1
+
+
+def test_a_column_that_parquet_has_twice_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["prompt", "prompt", "completion"]), tmp_path / "rows.parquet")
+
+    with pytest.raises(DatasetSyntaxInvalid, match="field 'prompt': is in the header more than once"):
+        inspect(DatasetFile(tmp_path / "rows.parquet", Format.PARQUET))
