@@ -19,7 +19,7 @@ from d2lora.initializations import Frozen, InitializationSpec, State
 from d2lora.kept_statistics import KeptStatistics
 from d2lora.roles import Role, evaluation_dataset_ids, extra_dataset_ids
 from d2lora.shards import ShardTask
-from d2lora.tables import DatasetRow, InitializationRow, ShardRow
+from d2lora.tables import DatasetRow, InitializationRow, ShardRow, find
 
 _TASK: TypeAdapter[ShardTask] = TypeAdapter(ShardTask)
 
@@ -129,7 +129,7 @@ class ShardClaim:
 def stored_dataset(session: Session, tenant: str, dataset_id: str, *, keep: bool = False) -> StoredDataset:
     """Return a dataset; NotFound if this tenant has none of that ID. ``keep`` it until the transaction ends."""
     # Shared with whoever else names the dataset, so that it is not deleted before this transaction ends.
-    row = session.get(DatasetRow, dataset_id, with_for_update={"read": True} if keep else None)
+    row = find(session, DatasetRow, dataset_id, with_for_update={"read": True} if keep else None)
     if row is None or row.tenant != tenant or row.deleted_at is not None:
         raise NotFound(f"there is no dataset {dataset_id!r}")
     return StoredDataset(Dataset.model_validate(row.resource), row.key)

@@ -42,6 +42,16 @@ class HubModel:
     id: str
 
 
+def path_of(base_model: str) -> Path | None:
+    """Return the path that this spells, which need not exist; None if no file system could have it."""
+    try:
+        path = Path(base_model).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long, below what may not be read, an unknown user's home, NUL
+        return None
+    return path
+
+
 def locate(base_model: str) -> LocalModel | HubModel:
     """Return where ``base_model`` is; an existing path wins over a hub ID of the same spelling.
 
@@ -50,9 +60,12 @@ def locate(base_model: str) -> LocalModel | HubModel:
         WeightsUnsafe: a directory whose only weights are pickles.
         ModelUnsupported: a directory with several GGUF files.
     """
-    path = Path(base_model).expanduser()
-    if path.exists():
-        return _inspect(path)
+    path = path_of(base_model)
+    if path is not None and path.exists():
+        try:
+            return _inspect(path)
+        except PermissionError as error:
+            raise ModelNotFound(f"base_model: {base_model!r} may not be read here") from error
     looks_local = base_model.startswith(("/", "./", "../", "~")) or base_model.endswith(".gguf")
     if looks_local or not _HUB_ID.fullmatch(base_model):
         raise ModelNotFound(f"base_model: {base_model!r} is no file or directory here; give its path, or a hub ID")

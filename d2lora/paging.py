@@ -29,7 +29,13 @@ def _encode_cursor(row: Any) -> str:
 
 def _decode_cursor(cursor: str) -> tuple[datetime, str]:
     try:
-        moment, identifier = base64.urlsafe_b64decode(cursor.encode()).decode().split(" ")
-        return datetime.fromisoformat(moment), identifier
+        written, identifier = base64.urlsafe_b64decode(cursor.encode()).decode().split(" ")
+        moment = datetime.fromisoformat(written)
     except ValueError as error:
-        raise RequestInvalid("cursor: it is not one that this service gave out") from error
+        raise RequestInvalid(_FOREIGN) from error
+    if moment.tzinfo is None or "\0" in identifier:  # which databases cannot compare with
+        raise RequestInvalid(_FOREIGN)
+    return moment, identifier
+
+
+_FOREIGN = "cursor: it is not one that this service gave out"

@@ -25,7 +25,7 @@ from d2lora.outbox import Outbox
 from d2lora.paging import page
 from d2lora.roles import evaluation_dataset_ids, extra_dataset_ids
 from d2lora.settings import DatabaseSettings
-from d2lora.tables import DatasetRow, EventRow, IdempotencyRow, InitializationRow, ShardRow
+from d2lora.tables import DatasetRow, EventRow, IdempotencyRow, InitializationRow, ShardRow, find
 from d2lora.transitions import add_event, lock, move, wake
 
 
@@ -93,7 +93,7 @@ class Store:
             Conflict: a job that has not ended needs it.
         """
         with writing(self._engine) as session:
-            row = session.get(DatasetRow, dataset_id, with_for_update=True, populate_existing=True)
+            row = find(session, DatasetRow, dataset_id, with_for_update=True, populate_existing=True)
             if row is None or row.tenant != tenant or row.deleted_at is not None:
                 raise NotFound(f"there is no dataset {dataset_id!r}")
             job = InitializationRow
@@ -315,7 +315,7 @@ def _gathered(session: Session, row: InitializationRow) -> dict[str, Any] | None
 
 
 def _get(session: Session, tenant: str, initialization_id: str) -> InitializationRow:
-    row = session.get(InitializationRow, initialization_id)
+    row = find(session, InitializationRow, initialization_id)
     if row is None or row.tenant != tenant:
         raise NotFound(f"there is no initialization {initialization_id!r}")
     return row

@@ -1,7 +1,7 @@
 """The tables of the database of record; `d2lora.store` is the only reader and writer."""
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     JSON,
@@ -16,7 +16,7 @@ from sqlalchemy import (
     TypeDecorator,
     UniqueConstraint,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -191,3 +191,11 @@ class IdempotencyRow(Table):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
     __table_args__ = (UniqueConstraint("tenant", "key"),)
+
+
+_Found = TypeVar("_Found", bound=Table)
+
+
+def find(session: Session, table: type[_Found], identifier: str, **options: Any) -> _Found | None:
+    """Return the row of an ID that a client has made up: one that PostgreSQL cannot hold is nobody's."""
+    return None if "\0" in identifier else session.get(table, identifier, **options)

@@ -13,12 +13,12 @@ from d2lora.claims import Stage
 from d2lora.database import now
 from d2lora.errors import NotFound
 from d2lora.initializations import State
-from d2lora.tables import EventRow, InitializationRow, OutboxRow, ShardRow
+from d2lora.tables import EventRow, InitializationRow, OutboxRow, ShardRow, find
 
 
 def lock(session: Session, initialization_id: str, tenant: str | None = None) -> InitializationRow:
     """Return a job's row, locked until the transaction ends; NotFound if this tenant has none of that ID."""
-    row = session.get(InitializationRow, initialization_id, with_for_update=True, populate_existing=True)
+    row = find(session, InitializationRow, initialization_id, with_for_update=True, populate_existing=True)
     if row is None or tenant not in {None, row.tenant}:
         raise NotFound(f"there is no initialization {initialization_id!r}")
     return row

@@ -31,7 +31,8 @@ from d2lora.supervision import rows_needed
 from service.auth import Tenant
 from service.dependencies import SettingsDependency, StorageDependency, StoreDependency
 from service.models import check_base_model
-from service.problems import responses
+from service.problems import field_pointer, responses
+from service.requests import check_target_modules, check_text
 
 router = APIRouter(prefix="/v1/initializations", tags=["initializations"])
 
@@ -72,8 +73,10 @@ def create_initialization(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Initialization:
     """Queue an initialization; a repeated Idempotency-Key returns the first one again."""
+    check_text(spec)
     initialization = store.repeated(tenant, spec, idempotency_key)
     if initialization is None:
+        check_target_modules(spec)
         _check_datasets(spec, tenant, store)
         _check_base(spec, tenant, store)
         try:
@@ -242,7 +245,7 @@ def _check_base(spec: InitializationSpec, tenant: str, store: Store) -> None:
     if found is not None:
         field, why = found
         detail = f"{field}: {why}"
-        raise RequestInvalid(detail, errors=[ProblemItem(detail=detail, pointer=f"#/{field.replace('.', '/')}")])
+        raise RequestInvalid(detail, errors=[ProblemItem(detail=detail, pointer=field_pointer(field))])
 
 
 def _dataset(dataset_id: str, field: str, tenant: str, store: Store) -> Dataset:
@@ -250,7 +253,7 @@ def _dataset(dataset_id: str, field: str, tenant: str, store: Store) -> Dataset:
         return store.dataset(tenant, dataset_id).dataset
     except NotFound as error:
         detail = f"{field}: there is no dataset {dataset_id!r}"
-        raise RequestInvalid(detail, errors=[ProblemItem(detail=detail, pointer=_pointer(field))]) from error
+        raise RequestInvalid(detail, errors=[ProblemItem(detail=detail, pointer=field_pointer(field))]) from error
 
 
 def _check_objectives(objectives: Sequence[Objective] | None, dataset: Dataset, field: str, asked: str) -> None:
@@ -258,10 +261,5 @@ def _check_objectives(objectives: Sequence[Objective] | None, dataset: Dataset, 
     for index, objective in enumerate(objectives or []):
         if objective.type not in dataset.objectives:
             detail = f"{asked}: {objective.type} needs {rows_needed(objective.type)}, which {field} does not have"
-            errors = [ProblemItem(detail=detail, pointer=f"{_pointer(asked)}/{index}")]
+            errors = [ProblemItem(detail=detail, pointer=f"{field_pointer(asked)}/{index}")]
             raise ObjectiveUnavailable(detail, errors=errors)
-
-
-def _pointer(field: str) -> str:
-    """Return the JSON pointer to a field such as ``datasets[1].dataset_id``."""
-    return "#/" + field.replace("[", "/").replace("]", "").replace(".", "/")

@@ -52,12 +52,16 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> Response:
-        items = [ProblemItem(detail=fault["msg"], pointer=_place(fault)) for fault in error.errors()]
-        detail = "; ".join(f"{item.pointer}: {item.detail}" for item in items)
+        items = [_item(fault) for fault in error.errors()]
+        detail = "; ".join(
+            item.detail if _NAMED_FIELD.match(item.detail) else f"{item.pointer}: {item.detail}" for item in items
+        )
         return answer(request, RequestInvalid(detail, errors=items).problem())
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # FastAPI's answer to a body that its JSON parser gives up on
+            return answer(request, RequestInvalid("#: the body is not JSON in UTF-8").problem())
         code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(
             error.status_code, "http_error"
         )
@@ -78,9 +82,25 @@ def answer(request: Request, problem: Problem, headers: dict[str, str] | None = 
     )
 
 
-def _place(fault: dict[str, Any]) -> str:
-    # For a body that is no JSON the location is a character's number, which points nowhere.
-    return "#" if fault["type"] == "json_invalid" else pointer(fault["loc"])
+def _item(fault: dict[str, Any]) -> ProblemItem:
+    match fault["type"]:
+        case "json_invalid":  # its location is a character's number, which points nowhere
+            position = fault["loc"][-1]
+            return ProblemItem(detail=f"{fault['msg']} at character {position}: {fault['ctx']['error']}", pointer="#")
+        case "value_error":  # ours; what concerns several fields begins with the first of them
+            detail, place = str(fault["ctx"]["error"]), pointer(fault["loc"])
+            named = _NAMED_FIELD.match(detail)
+            return ProblemItem(detail=detail, pointer=field_pointer(named[1], place) if named else place)
+        case _:
+            return ProblemItem(detail=fault["msg"], pointer=pointer(fault["loc"]))
+
+
+_NAMED_FIELD = re.compile(r"([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+)*)(?:, [a-z_, .]+)?: ")
+
+
+def field_pointer(field: str, below: str = "#") -> str:
+    """Return the JSON pointer to a field such as ``datasets[1].dataset_id``."""
+    return f"{below}/" + field.replace("[", "/").replace("]", "").replace(".", "/")
 
 
 def pointer(location: tuple[int | str, ...]) -> str:
@@ -88,7 +108,7 @@ def pointer(location: tuple[int | str, ...]) -> str:
     place, *path = location
     # A discriminated union puts the chosen member's tag into the location; the body has no such step.
     steps = [str(step) for step in path if step not in _UNION_TAGS]
-    return "#/" + "/".join(steps) if place == "body" else "/".join([str(place), *steps])
+    return "/".join(["#" if place == "body" else str(place), *steps])
 
 
 _OWN_TAGS = {"sft", "dpo", "orpo", "kto", "mgda", "upgrad", "imtl_g", "mean", "fixed", "str", "list[constrained-str]"}

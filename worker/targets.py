@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from d2lora.errors import RankTooLarge, TargetsMissing, TargetUnsupported
+from d2lora.errors import RankTooLarge, TargetInvalid, TargetsMissing, TargetUnsupported
 from d2lora.initializations import LoraSpec
 from worker.models import layer_sizes
 
@@ -95,12 +95,17 @@ def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.
     """Return the target layers by name, in the order of the model's modules; ``config`` is completed to match.
 
     Raises:
+        TargetInvalid: what should be a regular expression is none.
         TargetsMissing: nothing matches.
         TargetUnsupported: a match is no Linear or Conv1D layer, shares its weight, is the output head, or has a name
             that PEFT takes for another layer's.
         RankTooLarge: ``r`` is above the smaller side of a target.
     """
-    matched = {name: module for name, module in model.named_modules() if name and _matches(config, name)}
+    try:
+        matched = {name: module for name, module in model.named_modules() if name and _matches(config, name)}
+    except re.error as error:
+        shown = _shown(config.target_modules)
+        raise TargetInvalid(f"lora.target_modules: {shown} is not a regular expression: {error}") from error
     if not matched:
         raise TargetsMissing(
             f"lora.target_modules: {_shown(config.target_modules)} matches no module; "

@@ -1,3 +1,4 @@
+import base64
 import itertools
 import secrets
 import threading
@@ -592,3 +593,14 @@ def test_a_job_that_somebody_holds_locked_is_waited_for_ten_seconds(database, st
             store.cancel("acme", job.id)
         assert 5 < time.monotonic() - started < 25
         assert store.outbox.forgotten("cpu", waiting=0, silent_for=timedelta(0)) == 0  # it waits for nobody
+
+
+def test_ids_and_cursors_that_no_database_can_hold_name_nothing(store, spec):
+    job, _ = store.create("acme", spec)
+    for ask in (store.dataset, store.delete_dataset, store.get, store.cancel, store.events, store.files_prefix):
+        with pytest.raises(NotFound):
+            ask("acme", f"{job.id}\0")
+
+    cursor = base64.urlsafe_b64encode(f"{job.created_at.isoformat()} init\0".encode()).decode()
+    with pytest.raises(RequestInvalid, match="cursor"):
+        store.page("acme", limit=1, cursor=cursor)

@@ -101,6 +101,17 @@ def test_bad_rows_are_named_and_nothing_is_kept(upload, client, settings, conten
     assert nothing_is_stored(settings, client)
 
 
+def test_what_would_be_read_otherwise_than_meant_is_refused(upload, client, settings):
+    twice = upload(b'{"q": "a", "completion": "b"}\n', column=["prompt:q", "prompt:r"])
+    packed = client.post(
+        "/v1/datasets", content=PAIR, headers={"content-type": "application/jsonl", "content-encoding": "gzip"}
+    )
+
+    assert "column: each of ours may be mapped once" in problem_of(twice, 422, "request_invalid")["detail"]
+    assert "Content-Encoding" in problem_of(packed, 422, "request_invalid")["detail"]
+    assert nothing_is_stored(settings, client)
+
+
 def test_a_dataset_over_the_limit_is_refused_declared_or_not(upload, client, settings):
     problem_of(upload(PAIR * 400), 413, "request_too_large")
     problem_of(upload(iter([PAIR] * 400)), 413, "request_too_large")
@@ -181,12 +192,28 @@ def test_the_request_of_the_documentation_is_accepted(upload, client):
         ({"max_length": 1}, "#/max_length"),
         ({"method": "loftq"}, "#/method"),
         ({"method": {"type": "pissa", "niter": -1}}, "#/method/niter"),
+        ({"method": "pissa", "start": "zero", "rounds": 2}, "#/rounds"),
+        ({"objectives": [{"type": "sft"}, {"type": "sft"}]}, "#/objectives"),
+        ({"combination": {"type": "fixed", "weights": [1]}}, "#/combination/weights"),
+        ({"dataset_id": None}, "#/dataset_id"),
+        ({"datasets": [{"dataset_id": "ds_1"}] * 2, "dataset_id": None}, "#/datasets/1/dataset_id"),
+        ({"revision": "a\0"}, "#/revision"),
+        ({"metadata": {"a": "\ud800"}}, "#/metadata/a"),
+        ({"metadata": {"\ud800": "a"}}, "#/metadata"),
+        ({"lora": {"target_modules": "\ud800"}}, "#/lora/target_modules"),
+        ({"lora": {"target_modules": ["a", "b\0"]}}, "#/lora/target_modules/1"),
+        ({"lora": {"target_modules": "(("}}, "#/lora/target_modules"),
+        ({"lora": {"target_modules": ""}}, "#/lora/target_modules"),
+        ({"lora": {"target_modules": []}}, "#/lora/target_modules"),
     ],
 )
 def test_a_field_at_fault_is_pointed_at(upload, client, change, pointer):
-    response = client.post("/v1/initializations", json=request_for(upload().json()["id"], **change))
+    # Not by the parameter json, which refuses what half of a surrogate pair holds.
+    content = json.dumps(request_for(upload().json()["id"]) | change).encode()
+    response = client.post("/v1/initializations", content=content, headers={"content-type": "application/json"})
 
     problem = problem_of(response, 422, "request_invalid")
+    assert "Value error" not in problem["detail"]
     assert [item["pointer"] for item in problem["errors"]] == [pointer]
     assert client.get("/v1/initializations").json()["data"] == []
 
@@ -269,6 +296,26 @@ def test_models_must_be_on_the_list_or_below_a_root(upload, client, tmp_path):
             == "#/base_model"
         )
     assert submit_model(client, upload, "allowed/anything").status_code == 202
+
+
+@pytest.mark.parametrize("name", ["/a\0b", "~nobody-of-this-name/x", "/" + "a" * 1000, "./" + "a" * 1000])
+def test_what_no_path_can_be_is_no_model(upload, client, name):
+    assert submit_model(client, upload, name).status_code == 422
+
+
+def test_a_name_that_is_too_long_for_a_file_may_be_one_of_the_list(upload, client):
+    assert submit_model(client, upload, "allowed/" + "a" * 400).status_code == 202
+
+
+def test_a_model_that_may_not_be_read_is_not_found(upload, client, tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+
+    def refuse(_):
+        raise PermissionError
+
+    monkeypatch.setattr("pathlib.Path.iterdir", refuse)
+
+    problem_of(submit_model(client, upload, tmp_path / "models" / "mine"), 422, "model_not_found")
 
 
 def test_local_models_are_looked_at_before_they_are_accepted(upload, client, tmp_path):
@@ -407,6 +454,8 @@ def test_keys_name_their_tenants():
         ("PUT", "/v1/datasets", None, 405, "method_not_allowed"),
         ("POST", "/v1/initializations", b"{", 422, "request_invalid"),
         ("POST", "/v1/initializations", b"\xff\xfe", 422, "request_invalid"),
+        ("POST", "/v1/initializations", b'{"base_model": "\xe9"}', 422, "request_invalid"),
+        ("POST", "/v1/initializations", b"[" * 4000, 422, "request_invalid"),
         ("POST", "/v1/initializations", b"[]", 422, "request_invalid"),
         ("POST", "/v1/initializations", b'{"a": "' + b"x" * 6000 + b'"}', 413, "request_too_large"),
         ("GET", "/v1/initializations?limit=0", None, 422, "request_invalid"),

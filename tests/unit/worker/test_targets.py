@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2lora.errors import RankTooLarge, TargetsMissing, TargetUnsupported
+from d2lora.errors import RankTooLarge, TargetInvalid, TargetsMissing, TargetUnsupported
 from d2lora.initializations import LoraSpec
 from tests.support.models import tiny_gpt2, tiny_llama
 from worker.targets import lora_config, resolve_targets, unmatched
@@ -50,6 +50,11 @@ def test_conv1d_layers_are_told_to_peft():
 def test_no_match_is_an_error_that_lists_what_there_is():
     with pytest.raises(TargetsMissing, match=r"q_proj"):
         resolve(tiny_llama(), target_modules=["nothing_like_this"])
+
+
+def test_a_pattern_that_is_no_regular_expression_is_an_error_that_says_why():
+    with pytest.raises(TargetInvalid, match=r"^lora\.target_modules: '\(\(' is not a regular expression: missing \)"):
+        resolve(tiny_llama(), target_modules="((")
 
 
 def test_names_that_match_nothing_beside_others_that_do_are_told():
