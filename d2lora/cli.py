@@ -22,7 +22,7 @@ from d2lora.errors import D2LoraError, Problem, ServiceUnreachable, from_problem
 from d2lora.initializations import Progress, Result, State
 from d2lora.options import build_spec, by_dataset, with_spec_options
 from d2lora.roles import Role
-from d2lora.supervisor import Child, api_key_file, free_port, running, supervise, wait_until_ready
+from d2lora.supervisor import Child, api_key_file, free_port, is_taken, running, supervise, wait_until_ready
 
 app = typer.Typer(
     help="Initialization as a service: LoRA adapters that already point the right way.",
@@ -85,6 +85,8 @@ def up(
     data_dir.mkdir(parents=True, exist_ok=True)
     data_dir.chmod(0o700)
     key = api_key_file(data_dir)
+    if port and is_taken(host, port):
+        _stop(f"--port {port}: something listens there already; give another, or 0 for a free one", 2)
     port = port or free_port()
     hub_ids = allow_model or ([] if model_root else ["*"])
     roots = model_root or ([] if allow_model else [Path("/")])
@@ -105,7 +107,7 @@ def up(
     # Without this a SIGTERM would end this process and skip the block that stops the children.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with running([service, worker]):
-        url = f"http://{host}:{port}"
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         try:
             wait_until_ready(url, service)
         except RuntimeError as error:
@@ -323,6 +325,8 @@ def _client(url: str, api_key: str | None) -> Client:
         key = (DATA_DIR / "api_key").read_text(encoding="utf-8").strip()
     if not key:
         _stop(f"no API key: give --api-key, set D2LORA_API_KEY, or run where {DATA_DIR}/api_key is", 2)
+    if not (key.isascii() and key.isprintable()):
+        _stop("the API key holds what no key can, such as a line break", 2)
     return Client(url, api_key=key)
 
 

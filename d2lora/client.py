@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel
@@ -79,7 +80,7 @@ class Client:
                 headers={"content-type": _MEDIA_TYPES[kind]},
                 file=file,
             )
-        return _read(Dataset, response.json())
+        return _read(Dataset, response)
 
     def datasets(self) -> Iterator[Dataset]:
         """Yield all datasets, newest first."""
@@ -91,7 +92,7 @@ class Client:
         Raises:
             Conflict: an initialization that has not ended needs it.
         """
-        self._send("DELETE", f"/v1/datasets/{dataset_id}")
+        self._send("DELETE", _path("datasets", dataset_id))
 
     def submit(self, spec: InitializationSpec, *, idempotency_key: str | None = None) -> Initialization:
         """Ask for an adapter. Without a key of yours a fresh one makes the tries of this call count once."""
@@ -101,11 +102,11 @@ class Client:
             json=spec.model_dump(mode="json"),
             headers={"idempotency-key": idempotency_key or secrets.token_hex(16)},
         )
-        return _read(Initialization, response.json())
+        return _read(Initialization, response)
 
     def get(self, initialization_id: str) -> Initialization:
         """Return an initialization."""
-        return _read(Initialization, self._send("GET", f"/v1/initializations/{initialization_id}").json())
+        return _read(Initialization, self._send("GET", _path("initializations", initialization_id)))
 
     def initializations(self, *, state: State | None = None) -> Iterator[Initialization]:
         """Yield all initializations, newest first."""
@@ -113,8 +114,8 @@ class Client:
 
     def cancel(self, initialization_id: str) -> Initialization:
         """Cancel an initialization."""
-        response = self._send("POST", f"/v1/initializations/{initialization_id}/cancel")
-        return _read(Initialization, response.json())
+        response = self._send("POST", _path("initializations", initialization_id, "/cancel"))
+        return _read(Initialization, response)
 
     def wait(
         self,
@@ -142,7 +143,7 @@ class Client:
 
     def adapter(self, initialization_id: str) -> Adapter:
         """Return where the files of a succeeded initialization are."""
-        return _read(Adapter, self._send("GET", f"/v1/initializations/{initialization_id}/adapter").json())
+        return _read(Adapter, self._send("GET", _path("initializations", initialization_id, "/adapter")))
 
     def pull(self, initialization_id: str, directory: Path) -> list[Path]:
         """Download the adapter into a directory that appears only when every checksum is right.
@@ -194,9 +195,10 @@ class Client:
         cursor = None
         while True:
             asked = {**params, "limit": "100", **({"cursor": cursor} if cursor else {})}
-            page = self._send("GET", path, params=asked).json()
-            yield from (_read(kind, one) for one in page["data"])
-            cursor = page["next_cursor"]
+            response = self._send("GET", path, params=asked)
+            page = _read(_Page, response)
+            yield from (_understood(kind, one, response) for one in page.data)
+            cursor = page.next_cursor
             if cursor is None:
                 return
 
@@ -223,7 +225,7 @@ class Client:
                 unsure = unsure or response.status_code != httpx.codes.TOO_MANY_REQUESTS
                 time.sleep(_pause(attempt, response.headers.get("retry-after")))
                 continue
-            if response.is_error:
+            if not response.is_success:  # a redirection too: it leads to no answer of ours
                 problem = _error(response)
                 if method == "DELETE" and unsure and isinstance(problem, NotFound):
                     return response  # gone, as was asked
@@ -232,16 +234,50 @@ class Client:
         raise AssertionError("the last try returns or raises")
 
 
-def _read(model: type[_Answer], answer: Any) -> _Answer:
-    """Return an answer as a resource; fields that a newer service knows are left out."""
-    return model.model_validate(answer, extra="ignore")
+class _Page(BaseModel):
+    data: list[Any]
+    next_cursor: str | None
+
+
+def _read(model: type[_Answer], response: httpx.Response) -> _Answer:
+    """Return an answer as a resource."""
+    try:
+        answer = response.json()
+    except ValueError as error:
+        raise _foreign(response) from error
+    return _understood(model, answer, response)
+
+
+def _understood(model: type[_Answer], answer: Any, response: httpx.Response) -> _Answer:
+    """Return what an answer holds as a resource; fields that a newer service knows are left out."""
+    try:
+        return model.model_validate(answer, extra="ignore")
+    except ValueError as error:
+        raise _foreign(response) from error
+
+
+def _foreign(response: httpx.Response) -> ServiceUnreachable:
+    return ServiceUnreachable(
+        f"{response.url} answered {response.status_code}, but not as d2lora does; is it its address?"
+    )
 
 
 def _error(response: httpx.Response) -> D2LoraError:
     try:
-        return from_problem(_read(Problem, response.json()))
+        return from_problem(Problem.model_validate(response.json(), extra="ignore"))
     except ValueError:  # not this service, or something in front of it
         return ServiceUnreachable(f"{response.url} answered {response.status_code} without a problem object")
+
+
+def _path(kind: str, identifier: str, rest: str = "") -> str:
+    """Return where a resource is; an ID is one step of the path, whatever it holds.
+
+    Raises:
+        NotFound: the ID is empty, or a step that a path goes back or stays by.
+    """
+    if identifier in {"", ".", ".."}:
+        raise NotFound(f"{identifier!r} is no ID")
+    return f"/v1/{kind}/{quote(identifier, safe='')}{rest}"
 
 
 def _below(directory: Path, name: str) -> Path:

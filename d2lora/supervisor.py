@@ -4,6 +4,7 @@ Each child gets a pipe as standard input and stops when it closes, so none outli
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import signal
@@ -108,6 +109,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def is_taken(host: str, port: int) -> bool:
+    """Whether another process listens there: what answers would be taken for ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the service does
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def wait_until_ready(url: str, service: Child, *, timeout: float = 60.0) -> None:

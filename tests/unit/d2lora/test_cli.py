@@ -1,4 +1,5 @@
 import json
+import socket
 import subprocess
 import sys
 
@@ -182,6 +183,10 @@ def test_validate_names_the_row_at_fault(rows, tmp_path):
         (["validate", "rows.jsonl", "--column", "prompt=a", "--column", "prompt=b"], 2, "is mapped to a already"),
         (["submit", "m", "rows.jsonl", "--r", "0"], 2, "greater than or equal to 1"),
         (["status", "init_1"], 2, "no API key"),
+        (["status", "init_1", "--api-key", "k\u00e9y"], 2, "what no key can"),
+        (["status", "init_1", "--api-key", "k\r"], 2, "what no key can"),
+        (["status", "", "--api-key", "k"], 1, "not_found: '' is no ID"),
+        (["datasets", "delete", "", "--api-key", "k"], 1, "not_found: '' is no ID"),
         (["status", "init_1", "--api-key", "k", "--url", "http://127.0.0.1:9"], 3, "service_unreachable"),
         (["init", "/nowhere", "rows.jsonl", "--out", "out"], 1, "model_not_found"),
         (["init", "/nowhere", "rows.jsonl", "--out", "."], 1, "not an empty directory"),
@@ -219,3 +224,14 @@ def test_what_is_forgotten_of_retain_rows_is_printed(capsys):
     print_summary(summary)
 
     assert "retain rows: nll 4.4000 -> 4.4100 on 5 rows" in capsys.readouterr().out
+
+
+def test_a_port_where_something_listens_is_not_taken_for_ours(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+
+        done = d2lora("up", "--port", port, cwd=tmp_path)
+
+    assert done.returncode == 2
+    assert f"--port {port}: something listens there already" in done.stderr
+    assert "d2lora is up" not in done.stdout

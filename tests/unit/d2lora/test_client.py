@@ -323,3 +323,33 @@ def test_datasets_are_listed_page_by_page():
 
     with client_of(handler) as client:
         assert [one.id for one in client.datasets()] == ["ds_1", "ds_2"]
+
+
+@pytest.mark.parametrize("answer", [httpx.Response(200, text="<html>"), httpx.Response(200, json={"data": 1})])
+def test_an_answer_of_something_else_is_no_crash(answer):
+    with client_of(lambda _: answer) as client:
+        for ask in (lambda: client.get("init_1"), lambda: list(client.initializations())):
+            with pytest.raises(ServiceUnreachable, match="not as d2lora does"):
+                ask()
+
+
+def test_a_redirection_is_no_success():
+    elsewhere = httpx.Response(307, headers={"location": "https://elsewhere/v1/datasets"})
+    with client_of(lambda _: elsewhere) as client, pytest.raises(ServiceUnreachable, match="answered 307"):
+        client.delete_dataset("ds_1")
+
+
+def test_an_id_is_one_step_of_the_path_whatever_it_holds():
+    asked = []
+
+    def handler(request):
+        asked.append(request.url.raw_path)
+        return httpx.Response(204)
+
+    with client_of(handler) as client:
+        client.delete_dataset("a/../b?c#d")
+        for name in ("", ".", ".."):
+            with pytest.raises(NotFound, match="is no ID"):
+                client.delete_dataset(name)
+
+    assert asked == [b"/v1/datasets/a%2F..%2Fb%3Fc%23d"]
