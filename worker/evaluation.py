@@ -1,6 +1,6 @@
 """The delivered adapter on rows that took no part in it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -47,6 +47,22 @@ def read_further(base: BaseModel, spec: InitializationSpec, file: DatasetFile, f
         return encode_rows(read_rows(file), base.tokenizer, max_length=length_limit(base, spec)[0]).examples
     except D2LoraError as error:
         raise error.within(field) from error
+
+
+def seen_before(evaluation: Sequence[Example], trained: Iterable[Example], field: str) -> list[str]:
+    """Return a warning if rows that are to measure are among those that the adapter is made from."""
+    measuring = [_learned(example) for example in evaluation]
+    found = set(measuring).intersection(map(_learned, trained))
+    seen = sum(one in found for one in measuring)
+    if not seen:
+        return []
+    said = f"{field}: {seen} of {len(measuring)} rows are among those that the adapter was made from"
+    return [f"{said}; figures on these flatter it"]
+
+
+def _learned(example: Example) -> tuple[int, ...]:
+    """Return the prompt with what is imitated or preferred, as tokens."""
+    return tuple(example.chosen.input_ids)
 
 
 def measure(

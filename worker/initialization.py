@@ -13,7 +13,7 @@ from typing import assert_never
 
 from d2lora.datasets import DatasetFile, read_rows
 from d2lora.initializations import InitializationSpec, Phase, Result
-from d2lora.roles import Role, check_given
+from d2lora.roles import FIELDS, Role, check_given
 from d2lora.settings import WorkerSettings
 from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
 from worker import models
@@ -21,7 +21,7 @@ from worker.adapters import write_adapter
 from worker.calibration import alone
 from worker.clock import Clock
 from worker.data import Example, encode_rows, needed
-from worker.evaluation import measure, read_evaluation, read_extra
+from worker.evaluation import measure, read_evaluation, read_extra, seen_before
 from worker.evidence import Intake, intake, make_gradient_report
 from worker.failures import translated_errors
 from worker.gathering import tokens_per_batch
@@ -72,6 +72,7 @@ def initialize(
     # All that can be refused is refused before the pass.
     objectives = resolve_objectives(spec.objectives, encoded.examples[0].supervision)
     evaluation = read_evaluation(base, spec, extras)
+    warnings += seen_before(evaluation or [], encoded.examples, FIELDS[Role.EVALUATION])
     retain = read_extra(base, spec, extras, Role.RETAIN)
     general = read_general_rows(subject, spec, extras)
     digests = {role: sha256(extra.path) for role, extra in extras.items()}

@@ -14,7 +14,7 @@ from worker import models
 from worker.adapters import write_adapter, write_collection
 from worker.clock import Clock
 from worker.data import Encoded, Example, encode_rows
-from worker.evaluation import evaluate, read_further
+from worker.evaluation import evaluate, read_further, seen_before
 from worker.evidence import Intake, intake
 from worker.failures import translated_errors
 from worker.joint import Joint, build_jointly
@@ -81,6 +81,11 @@ def initialize_jointly(
         columns = {place: dict(dataset.columns)} if dataset.columns else {}
         rows.append(intake(encoded, sha256=sha256(dataset.path), extras=extras, columns=columns, warnings=[]))
         clock(Phase.READING, len(every), len(datasets))
+    for index, place in enumerate(spec.training):
+        if place in held:
+            trained = every if spec.adapters is None else every[index : index + 1]
+            rows_of_all = (example for encoded in trained for example in encoded.examples)
+            warnings += seen_before(held[place].examples, rows_of_all, evaluation_field(index))
     # Inside of `out`, so that whoever cleans up after a killed process finds these too.
     with tempfile.TemporaryDirectory(prefix=".statistics-", dir=out) as directory:
         joint = build_jointly(

@@ -102,6 +102,19 @@ def test_the_delivered_adapter_has_the_evaluation_that_the_report_says(base_mode
     assert result.summary.evaluation["nll"].adapter < result.summary.evaluation["nll"].base
 
 
+def test_rows_that_measure_and_were_learned_from_are_told(base_model, tmp_path):
+    dataset, evaluation = write_rows(tmp_path / "rows.jsonl", 4), write_rows(tmp_path / "eval.jsonl", 6)
+    with evaluation.path.open("a") as file:
+        file.write('{"prompt": "another:", "chosen": " yes", "rejected": " no"}\n')
+
+    result = run(base_model, dataset, tmp_path / "out", evaluation=evaluation, start="zero")
+    alone = run(base_model, dataset, tmp_path / "alone", start="zero")
+
+    said = "eval_dataset_id: 4 of 7 rows are among those that the adapter was made from; figures on these flatter it"
+    assert said in result.summary.warnings
+    assert not any("eval_dataset_id" in warning for warning in alone.summary.warnings)
+
+
 def test_the_manifest_lists_every_file_with_its_checksum(base_model, tmp_path):
     result = run(base_model, write_rows(tmp_path / "rows.jsonl", 6), tmp_path / "out")
 

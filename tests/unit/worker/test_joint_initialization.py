@@ -220,6 +220,7 @@ def test_each_dataset_has_an_evaluation_of_the_adapter_that_serves_it(
 
 def test_one_dataset_may_have_an_evaluation_alone_which_decides_nothing(base_model, plain, pairs, unseen, tmp_path):
     measured = run(base_model, [plain, pairs], tmp_path / "a", evaluations={1: unseen[1]}, start="zero")
+    assert not any("eval_dataset_id" in warning for warning in measured.summary.warnings)
     without = run(base_model, [plain, pairs], tmp_path / "b", start="zero")
 
     assert measured.summary.evaluation.keys() == {"datasets[1].nll", "datasets[1].dpo"}
@@ -227,6 +228,18 @@ def test_one_dataset_may_have_an_evaluation_alone_which_decides_nothing(base_mod
     assert measured.summary.fingerprint == without.summary.fingerprint
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(("adapters", "told"), [(None, True), ("per_dataset", False)])
+def test_rows_that_another_datasets_adapter_has_learned_from_are_told_where_it_is_the_same(
+    base_model, plain, pairs, tmp_path, adapters, told
+):
+    evaluations = {0: DatasetFile(pairs.path, pairs.format)}
+
+    result = run(base_model, [plain, pairs], tmp_path / "a", evaluations=evaluations, adapters=adapters, start="zero")
+
+    said = "datasets[0].eval_dataset_id: 16 of 16 rows are among those that the adapter was made from"
+    assert any(warning.startswith(said) for warning in result.summary.warnings) is told
 
 
 def test_what_is_wrong_with_an_evaluation_is_said_with_its_field(base_model, plain, pairs, unseen, tmp_path):
