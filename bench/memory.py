@@ -47,7 +47,7 @@ def measure(side: str, arguments: argparse.Namespace) -> int:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
         before = _status("VmRSS")
         if side == "plain":
-            plain_pass(base, batch)
+            plain_pass(base, targets, batch)
         else:
             matrices = TestMatrices(0, base.device)
             shapes = {name: sketch_shape(module, rank=arguments.r) for name, module in targets.items()}

@@ -87,7 +87,7 @@ def measure(subject: Subject, *, r: int, turns: int, clock: Callable[[], float])
 
     with tempfile.TemporaryDirectory() as directory:
         sides: dict[str, Callable[[], object]] = {
-            "b": lambda: plain_pass(subject.base, subject.batch),
+            "b": lambda: plain_pass(subject.base, subject.targets, subject.batch),
             "a": ours("three", BASES),
             "c": lambda: dense.lora_ga(subject),
             "a1": ours("one", BASES[:1]),

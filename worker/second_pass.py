@@ -146,7 +146,6 @@ def refined(
             bases,
             on_batch=lambda batch, _: count(len(batch.rows)),
             mask_inputs=whitening is not None,
-            from_targets=True,
         )
 
     def direction(name: str) -> LowRank:

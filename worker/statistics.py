@@ -9,7 +9,7 @@ Shape legend
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -162,8 +162,8 @@ def _tapped(recorder: _Recorder, name: str, _module: nn.Module, arguments: tuple
 
 
 @contextmanager
-def _differentiable_outputs(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let the graph start at the modules, as a rule the embeddings: without this it has no leaf, and no hook fires."""
+def _differentiable_outputs(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let the graph start at the first of the modules to run: without this it has no leaf, and no hook fires."""
 
     def require_grad(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
         return output if output.requires_grad else output.requires_grad_()
@@ -186,13 +186,13 @@ def gather(
     on_batch: Callable[[Batch, Scores], None],
     mask_inputs: bool = False,
     away: Callable[[Batch], Away] | None = None,
-    from_targets: bool = False,
 ) -> Counts:
     """Add the batches to ``layers`` and return what normalizes them; on request with inputs of 0 at padding.
 
+    The graph begins at the lowest target, so that the backward ends there.
+
     ``on_batch`` is told of every batch when all of it has been added, with its rows' scores under the model as it is.
-    ``away`` tells of a batch what its bases need where that is not the reference. ``from_targets`` lets the graph begin
-    at the lowest target, so that the backward ends there.
+    ``away`` tells of a batch what its bases need where that is not the reference.
 
     Raises:
         NumericalFailure: a log-probability or a gradient is not finite; the message names the layer.
@@ -204,7 +204,7 @@ def gather(
         size = (part.input_ids.shape[0], part.input_ids.shape[1])
         padded = mask_inputs and not bool(part.attention_mask.all())
         recorder = _Recorder(layers, done, part.paired, size, part.attention_mask if padded else None)
-        return _forward_and_backward(base, targets, recorder, part, bases, away, from_targets=from_targets)
+        return _forward_and_backward(base, targets, recorder, part, bases, away)
 
     counts = Counts()
     for batch in batches:
@@ -221,11 +221,8 @@ def _forward_and_backward(
     batch: Batch,
     bases: Sequence[Basis],
     away: Callable[[Batch], Away] | None,
-    *,
-    from_targets: bool,
 ) -> Scores:
-    leaves = list(targets.values()) if from_targets else [base.model.get_input_embeddings()]
-    with torch.enable_grad(), _differentiable_outputs(leaves), _recording(targets, recorder):
+    with torch.enable_grad(), _differentiable_outputs(targets.values()), _recording(targets, recorder):
         hidden = base.hidden_states(batch.input_ids, batch.attention_mask)
         logps, gradient = sequence_logps_and_gradient(
             base.head, hidden, batch.input_ids, batch.completion_mask, vocabulary=base.vocabulary
@@ -250,9 +247,9 @@ def _forward_and_backward(
     return scores
 
 
-def plain_pass(base: BaseModel, batch: Batch) -> None:
+def plain_pass(base: BaseModel, targets: Mapping[str, nn.Module], batch: Batch) -> None:
     """Run the forward and the activations-only backward alone: the limit that the statistics are measured against."""
-    with torch.enable_grad(), _differentiable_outputs([base.model.get_input_embeddings()]):
+    with torch.enable_grad(), _differentiable_outputs(targets.values()):
         hidden = base.hidden_states(batch.input_ids, batch.attention_mask)
         _, gradient = sequence_logps_and_gradient(
             base.head, hidden, batch.input_ids, batch.completion_mask, vocabulary=base.vocabulary

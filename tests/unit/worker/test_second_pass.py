@@ -129,32 +129,32 @@ def test_only_layers_above_the_bound_are_refined_and_the_backward_ends_at_the_lo
         assert same == (name not in expected), name
 
 
-def test_a_backward_that_begins_at_the_targets_leaves_the_layers_below_alone():
+def test_the_backward_ends_at_the_lowest_target():
     model = tiny_llama()
-    name = "model.layers.1.mlp.down_proj"
-    module = model.get_submodule(name)
-    shape = Shape(module.out_features, module.in_features, 4)
+    name, lower = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj"
     backward = []
     below = model.model.layers[0].register_forward_hook(
         lambda *arguments: backward.append(arguments[2][0] if isinstance(arguments[2], tuple) else arguments[2])
     )
     sums = {}
-    for from_targets in (False, True):
-        layers = {name: Sketch.empty(shape, 1, TestMatrices(0, torch.device("cpu")))}
+    for names in ([name, lower], [name]):
+        targets = {name: model.get_submodule(name) for name in names}
+        shapes = {name: Shape(module.out_features, module.in_features, 4) for name, module in targets.items()}
+        matrices = TestMatrices(0, torch.device("cpu"))
+        layers = {name: Sketch.empty(shape, 1, matrices) for name, shape in shapes.items()}
         gather(
             as_base(model),
-            {name: module},
+            targets,
             layers,
             one_fold(learnable_rows(4)),
             [Basis.LIKELIHOOD],
             on_batch=lambda *_: None,
-            from_targets=from_targets,
         )
-        sums[from_targets] = layers[name]
+        sums[len(names)] = layers[name]
     below.remove()
 
     assert [output.requires_grad for output in backward] == [True, False]
-    torch.testing.assert_close(sums[True].range_sketch, sums[False].range_sketch)
+    torch.testing.assert_close(sums[2].range_sketch, sums[1].range_sketch)
 
 
 def test_no_layer_above_the_bound_leaves_the_adapter_as_it_is(tmp_path):
