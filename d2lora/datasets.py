@@ -98,10 +98,13 @@ class DatasetSummary(Frozen):
     """What reading a whole dataset tells."""
 
     row_schema: RowSchema
+    """What kind all rows are of."""
     rows: int
+    """Number of rows."""
     size: int
     """Bytes of the file."""
     sha256: str
+    """Of the file as it was uploaded."""
     objectives: list[str]
     """Types of the objectives that the rows allow."""
 
@@ -110,10 +113,13 @@ class Dataset(DatasetSummary):
     """The resource that ``/v1/datasets`` serves."""
 
     id: str
+    """What a request names it by."""
     object: Literal["dataset"] = "dataset"
     created_at: datetime
+    """When it was uploaded."""
     format: Format
-    columns: dict[str, str] = Field(default={})
+    """How the file is written."""
+    columns: dict[str, str] = Field(default={}, description="our column name -> the file's, as given with the upload")
 
 
 def read_rows(file: DatasetFile, limits: DatasetLimits | None = None) -> Iterator[Row]:

@@ -58,11 +58,12 @@ from pydantic import BaseModel, ConfigDict
 class ProblemItem(BaseModel):
     """One fault inside a request: where it is and what is wrong there."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     detail: str
+    """What is wrong, in a sentence."""
     pointer: str | None = None
-    """JSON pointer into the request body, such as ``#/lora/r``."""
+    """JSON pointer into the request body, such as ``#/lora/r``; for a parameter its place and name, ``query/limit``."""
     row: int | None = None
     """Number of the dataset row, counted from 1."""
     field: str | None = None
@@ -72,18 +73,24 @@ class ProblemItem(BaseModel):
 class Problem(BaseModel):
     """An error as it crosses HTTP and as it is stored with a failed job (RFC 9457)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     type: str = "about:blank"
+    """As RFC 9457 has it where ``title`` and ``status`` say all; ``code`` tells errors apart."""
     title: str
+    """What kind of error it is; the same for all of a ``code``."""
     status: int
+    """The HTTP status that it has, or would have."""
     detail: str
+    """What is wrong with this request or job, and where there is one the remedy; it never quotes a row."""
     code: str
     """Stable and machine-readable; scripts switch on this."""
     retryable: bool = False
     """Whether the same request may succeed later without being changed."""
     errors: list[ProblemItem] = []
+    """Each fault, with the field or the row where it is."""
     request_id: str | None = None
+    """That of the header ``X-Request-ID``, for the operator's log; null in the error of a job."""
 
 
 class D2LoraError(Exception):

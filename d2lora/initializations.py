@@ -31,6 +31,7 @@ from d2lora.objectives import (
     Sft,
     UpGrad,
 )
+from d2lora.results import HeldOut, Result, ResultFile, ResultSummary, Retained
 from d2lora.states import Phase, Progress, State
 from d2lora.training import TrainingDataset, check_training
 
@@ -83,12 +84,13 @@ class Whitening(Frozen):
 class LoraSpec(Frozen):
     """The adapter's shape, under PEFT's names."""
 
-    r: int = Field(default=16, ge=1, le=4096)
+    r: int = Field(default=16, ge=1, le=4096, description="rank; at most the smaller side of each layer that is named")
     lora_alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="2 * r when omitted")
     target_modules: str | list[Annotated[str, Field(min_length=1, max_length=512)]] = Field(
         default="all-linear", description="'all-linear', a regular expression, or a list of module names, as in PEFT"
     )
     use_rslora: bool = False
+    """Scale by ``lora_alpha / sqrt(r)``, and not by ``lora_alpha / r``."""
     ranks: Literal["budget"] | None = Field(
         default=None,
         description="budget: every layer has a rank of its own, up to 2 r, with no more parameters in all than r has; "
@@ -128,7 +130,9 @@ class InitializationSpec(Frozen):
         default=None, description="with datasets: an adapter for each, from the same pass, in place of one for all"
     )
     eval_dataset_id: str | None = Field(
-        default=None, max_length=64, description="rows that only measure the delivered adapter"
+        default=None,
+        max_length=64,
+        description="rows that only measure the delivered adapter; of several datasets each has one of its own",
     )
     retain_dataset_id: str | None = Field(
         default=None, max_length=64, description="general text that the calibrated step may not worsen"
@@ -139,7 +143,9 @@ class InitializationSpec(Frozen):
     objectives: list[Objective] | None = Field(
         default=None, min_length=1, description="all that the rows allow when omitted"
     )
-    combination: Combination = Mgda()
+    combination: Combination = Field(
+        default=Mgda(), description="how the gradients of several objectives become one direction"
+    )
     whitening: Whitening | None = Field(
         default=None, description="damp what most inputs share; {} for the defaults (docs/method.md, whitening)"
     )
@@ -149,9 +155,15 @@ class InitializationSpec(Frozen):
         allow_inf_nan=False,
         description="nats per token by which the loss of retain_dataset_id may rise; 0.01 when omitted",
     )
-    lora: LoraSpec = LoraSpec()
-    start: Literal["calibrated", "zero"] = "calibrated"
-    statistics: Literal["sketch", "exact"] = "sketch"
+    lora: LoraSpec = Field(default=LoraSpec(), description="the adapter's shape")
+    start: Literal["calibrated", "zero"] = Field(
+        default="calibrated",
+        description="calibrated: a step as large as held-out rows support, and the zero start where they support none; "
+        "zero: lora_B is 0, so that the adapter changes nothing before training",
+    )
+    statistics: Literal["sketch", "exact"] = Field(
+        default="sketch", description="of gradients: sketched, or dense, which take the memory of the target layers"
+    )
     second_pass_above: float | None = Field(
         default=None,
         ge=0,
@@ -168,11 +180,13 @@ class InitializationSpec(Frozen):
     )
     max_length: int = Field(default=1024, ge=2, description="tokens of prompt and completion together")
     max_tokens_per_batch: int | None = Field(default=None, ge=1, description="the worker's setting when omitted")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of the base model in the job; auto: float32 on a CPU, the weights' own elsewhere"
+    )
     quantization: Quantization | None = Field(
         default=None, description="load the base model's linear layers in so many bits; the adapter fits any precision"
     )
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of all that is drawn; equal requests give equal adapters")
     keep_statistics: bool = Field(
         default=False, description="keep the gradient statistics beside the result, for later requests to be based on"
     )
@@ -329,92 +343,41 @@ def _unread(method: Method) -> set[str]:
     return _GRADIENT_ONLY
 
 
-class ResultFile(Frozen):
-    """One file of a finished initialization."""
-
-    name: str
-    size: int = Field(ge=0, description="bytes")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class HeldOut(Frozen):
-    """One measured quantity on rows that the measured adapter has not seen, before and after."""
-
-    base: float
-    adapter: float
-    rows: int
-
-
-class Retained(Frozen):
-    """The loss per token of held-out retain rows, before and after."""
-
-    base: float
-    unrestrained: float | None = Field(
-        description="of the adapter that would be delivered without retain rows; null if it is not finite"
-    )
-    adapter: float = Field(description="of the delivered adapter")
-    rows: int
-    tolerance: float
-    mu: float = Field(description="weight of the retain rows; 0 where the plain step keeps the tolerance")
-    strengths: list[float] = Field(description="eta mu as tried, over the mean eigenvalue of the second moment")
-
-
-class ResultSummary(Frozen):
-    """The report in short: enough to decide whether to fetch the adapter."""
-
-    start: Literal["calibrated", "zero", "warmup"] = Field(description="the start that was delivered")
-    start_reason: str = Field(description="why that start was delivered, in a sentence")
-    objectives: list[str]
-    objectives_reason: str = Field(description="why these objectives took part")
-    weights: dict[str, float] = Field(description="of the normalized gradients, per objective")
-    cosines: dict[str, float] = Field(description="between gradients of two objectives, such as 'sft,dpo'")
-    held_out: dict[str, HeldOut] = Field(description="cross-validated objective values, per objective")
-    evaluation: dict[str, HeldOut] | None = Field(default=None, description="the delivered adapter on eval_dataset_id")
-    retained: Retained | None = Field(default=None, description="what was forgotten of retain_dataset_id")
-    rows_used: int
-    rows_truncated: int
-    rows_dropped: int
-    fingerprint: str = Field(description="sha256 over all that decides the adapter")
-    warnings: list[str] = Field(default=[])
-
-
-class Result(Frozen):
-    """What a succeeded initialization leaves behind."""
-
-    files: list[ResultFile]
-    summary: ResultSummary
-
-
 class Initialization(Frozen):
     """The resource that ``/v1/initializations`` serves."""
 
     id: str
+    """What its addresses hold."""
     object: Literal["initialization"] = "initialization"
     state: State
+    """Where it stands."""
     spec: InitializationSpec
+    """The request, with defaults filled in."""
     attempt: int = Field(ge=0, description="how often a worker has claimed it")
-    progress: Progress | None = None
-    created_at: datetime
-    started_at: datetime | None = None
-    cancelling_at: datetime | None = None
-    succeeded_at: datetime | None = None
-    failed_at: datetime | None = None
-    cancelled_at: datetime | None = None
-    expired_at: datetime | None = None
-    error: Problem | None = None
-    result: Result | None = None
-    statistics: KeptStatistics | None = None
+    progress: Progress | None = Field(default=None, description="while it runs")
+    created_at: datetime = Field(description="when it was queued")
+    started_at: datetime | None = Field(default=None, description="when a worker first claimed it")
+    cancelling_at: datetime | None = Field(default=None, description="when a running one was asked to stop")
+    succeeded_at: datetime | None = Field(default=None, description="when its result was complete")
+    failed_at: datetime | None = Field(default=None, description="when it ended with an error")
+    cancelled_at: datetime | None = Field(default=None, description="when it ended without a result, as was asked")
+    expired_at: datetime | None = Field(default=None, description="when its files were removed")
+    error: Problem | None = Field(default=None, description="why it failed")
+    result: Result | None = Field(default=None, description="once it has succeeded")
+    statistics: KeptStatistics | None = Field(default=None, description="what it keeps with keep_statistics")
 
 
 class AdapterFile(ResultFile):
     """A file of the adapter with an address to fetch it from."""
 
-    url: str
-    url_expires_at: datetime | None = None
+    url: str = Field(description="GET it: with the API key if it is this service's, without if it is an object store's")
+    url_expires_at: datetime | None = Field(default=None, description="null if the address stays; else ask for it anew")
 
 
 class Adapter(Frozen):
     """Answer of ``/v1/initializations/{id}/adapter``."""
 
     initialization_id: str
+    """Whose files they are."""
     files: list[AdapterFile]
+    """All files of the adapter, ``manifest.json`` last."""

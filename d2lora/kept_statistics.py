@@ -9,5 +9,5 @@ class KeptStatistics(Frozen):
     """Statistics that a succeeded initialization keeps; they go with its dataset and with its adapter."""
 
     r: int = Field(description="the rank that its sketches were made for; they serve ranks up to twice that")
-    rows: int
+    rows: int = Field(description="that they are of")
     size: int = Field(description="bytes")

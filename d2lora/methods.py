@@ -84,9 +84,13 @@ class LoraGa(_Method):
     """Singular vectors of the SFT gradient, as PEFT's LoRA-GA takes them (arXiv:2407.05000)."""
 
     type: Literal["lora_ga"] = "lora_ga"
-    direction: Literal["ArB2r", "ArBr", "A2rBr", "random"] = "ArB2r"
-    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
-    stable_gamma: int = Field(default=16, ge=1)
+    direction: Literal["ArB2r", "ArBr", "A2rBr", "random"] = Field(
+        default="ArB2r", description="which singular vectors make lora_A and lora_B, as in PEFT's LoraGAConfig"
+    )
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = Field(
+        default="stable", description="how large they are made, as in PEFT's LoraGAConfig"
+    )
+    stable_gamma: int = Field(default=16, ge=1, description="of scale stable, as in PEFT's LoraGAConfig")
     max_rows: _MaxRows = 256
 
 
@@ -109,8 +113,8 @@ class Warmup(_Method):
     trainer: Literal["sft", "dpo", "orpo"] = Field(
         default="sft", description="dpo and orpo need rows with chosen and rejected completions"
     )
-    steps: int = Field(default=16, ge=1, le=1000)
-    learning_rate: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
+    steps: int = Field(default=16, ge=1, le=1000, description="of the optimizer")
+    learning_rate: float = Field(default=5e-4, gt=0, allow_inf_nan=False, description="the same in all steps")
     batch_size: int = Field(default=8, ge=1, le=256, description="rows of a step")
     beta: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="of dpo and orpo, as in TRL; 0.1 when omitted"

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 class Frozen(BaseModel):
     """Base of everything that crosses a process: immutable, and a misspelt field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Sft(Frozen):
@@ -39,7 +39,7 @@ class Dpo(Frozen):
     """A DPO loss with the base model as its reference, by default sigmoid (arXiv:2305.18290, eq. 7)."""
 
     type: Literal["dpo"] = "dpo"
-    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False, description="as in TRL")
     loss_type: DpoLoss = Field(
         default="sigmoid", description="named as in TRL; sigmoid_norm and ipo take the mean over tokens"
     )
@@ -77,7 +77,7 @@ class Kto(Frozen):
     """KTO with the base model as its reference (arXiv:2402.01306, eq. 7), on rows with a label."""
 
     type: Literal["kto"] = "kto"
-    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False, description="as in TRL")
     desirable_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="of rows whose label is true")
     undesirable_weight: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="of rows whose label is false"
@@ -115,7 +115,9 @@ class Fixed(Frozen):
     """Weights of the normalized gradients, one per objective, in the order of ``objectives``."""
 
     type: Literal["fixed"] = "fixed"
-    weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(min_length=1)
+    weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        min_length=1, description="not negative, and one of them positive; with several datasets dataset after dataset"
+    )
 
     @model_validator(mode="after")
     def _some_weight_is_positive(self) -> "Fixed":

@@ -8,7 +8,11 @@ from d2lora.objectives import Frozen
 
 
 class State(StrEnum):
-    """The states of an initialization; ``can_become`` holds the only legal moves."""
+    """Where an initialization stands.
+
+    From queued to running, and from there to succeeded or failed; by way of cancelling, while a worker notices, to
+    cancelled; back to queued when a worker hands its work back. A succeeded one is expired once its files are removed.
+    """
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -43,7 +47,7 @@ _MOVES: dict[State, frozenset[State]] = {
 
 
 class Phase(StrEnum):
-    """What a running initialization is doing; each is reported with rows done of rows in all."""
+    """What a running initialization is doing, in about this order."""
 
     LOADING = "loading"
     READING = "reading"
@@ -63,6 +67,7 @@ class Progress(Frozen):
     """How far a running initialization is."""
 
     phase: Phase
-    done: int = Field(ge=0)
-    total: int = Field(ge=0)
+    """What it is doing."""
+    done: int = Field(ge=0, description="of the phase: rows where it passes over rows, else layers, files or one step")
+    total: int = Field(ge=0, description="of the same")
     seconds_left: float | None = Field(default=None, ge=0, description="of this phase, from its own rate so far")

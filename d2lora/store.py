@@ -33,9 +33,13 @@ class Event(Frozen):
     """One thing that happened to an initialization."""
 
     seq: int
+    """Its number, from 1 and growing."""
     at: datetime
+    """When it happened."""
     type: str
+    """The state that it came to, or ``split`` and ``gathered`` of one in shards."""
     data: dict[str, Any]
+    """Such as ``attempt``, and the error of one that failed."""
 
 
 class Store:

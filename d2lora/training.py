@@ -10,7 +10,7 @@ from d2lora.objectives import Combination, Fixed, Frozen, Objective
 class TrainingDataset(Frozen):
     """Rows, and what the adapter is to learn from them."""
 
-    dataset_id: str = Field(min_length=1, max_length=64)
+    dataset_id: str = Field(min_length=1, max_length=64, description="the rows")
     objectives: list[Objective] | None = Field(
         default=None, min_length=1, description="all that these rows allow when omitted"
     )

@@ -23,7 +23,7 @@ from d2lora.settings import ServiceSettings
 from d2lora.storage import ObjectStorage, dataset_key
 from d2lora.store import Store, new_id
 from service.auth import Tenant
-from service.dependencies import SettingsDependency, StorageDependency, StoreDependency
+from service.dependencies import PageCursor, PageLimit, SettingsDependency, StorageDependency, StoreDependency
 from service.problems import responses
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
@@ -42,6 +42,7 @@ _UPLOAD = {
             media: {"schema": {"type": "string", "format": "binary"}, "example": example}
             for media, example in {
                 "application/jsonl": '{"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}\n',
+                "application/x-ndjson": '{"text": "Two and two are four."}\n',
                 "application/json": '[{"prompt": "2+2=", "completion": " 4"}]',
                 "text/csv": "prompt,completion\n2+2=, 4\n",
                 "application/vnd.apache.parquet": "(bytes)",
@@ -55,7 +56,9 @@ class DatasetPage(Frozen):
     """A page of datasets, newest first."""
 
     data: list[Dataset]
+    """Those of this page."""
     next_cursor: str | None
+    """What the next page is asked for with; null on the last one."""
 
 
 @router.post(
@@ -94,8 +97,8 @@ async def create_dataset(
 def list_datasets(
     tenant: Tenant,
     store: StoreDependency,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    cursor: Annotated[str | None, Query(max_length=256)] = None,
+    limit: PageLimit = 20,
+    cursor: PageCursor = None,
 ) -> DatasetPage:
     """Return the datasets, newest first."""
     data, following = store.datasets(tenant, limit=limit, cursor=cursor)

@@ -27,6 +27,7 @@ class Health(Frozen):
     """The answer when all is well."""
 
     status: str = "ok"
+    """Nothing else; what is not well is a problem."""
 
 
 @router.get("/livez", operation_id="getLiveness")
@@ -35,7 +36,7 @@ async def livez() -> Health:
     return Health()
 
 
-@router.get("/readyz", operation_id="getReadiness", responses=responses(StorageUnavailable))
+@router.get("/readyz", operation_id="getReadiness", responses=responses(StorageUnavailable, keyed=False))
 async def readyz(request: Request, store: StoreDependency, storage: StorageDependency) -> Health:
     """Answer when database and storage can be used, within a few seconds either way."""
     probes: threading.BoundedSemaphore = request.app.state.probes

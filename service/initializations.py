@@ -20,6 +20,7 @@ from d2lora.errors import (
     ObjectiveUnavailable,
     ProblemItem,
     RequestInvalid,
+    RequestTooLarge,
     StorageUnavailable,
 )
 from d2lora.initializations import Adapter, AdapterFile, Frozen, Initialization, InitializationSpec, Objective, State
@@ -29,7 +30,7 @@ from d2lora.roles import FIELDS, FOR_THE_OBJECTIVES, Role, evaluation_dataset_id
 from d2lora.store import Event, Store
 from d2lora.supervision import rows_needed
 from service.auth import Tenant
-from service.dependencies import SettingsDependency, StorageDependency, StoreDependency
+from service.dependencies import PageCursor, PageLimit, SettingsDependency, StorageDependency, StoreDependency
 from service.models import check_base_model
 from service.problems import field_pointer, responses
 from service.requests import check_target_modules, check_text
@@ -40,17 +41,23 @@ _URL_LIFE = timedelta(minutes=15)
 _RETRY_AFTER_SECONDS = 2
 
 
+EventNumber = Annotated[int, Query(ge=0, description="number of the last event that was seen; 0 for all")]
+
+
 class InitializationPage(Frozen):
     """A page of initializations, newest first."""
 
     data: list[Initialization]
+    """Those of this page."""
     next_cursor: str | None
+    """What the next page is asked for with; null on the last one."""
 
 
 class EventPage(Frozen):
     """What has happened so far."""
 
     data: list[Event]
+    """In the order of their numbers; all there are."""
 
 
 def _existing(initialization_id: str, tenant: Tenant, store: StoreDependency) -> Initialization:
@@ -62,7 +69,9 @@ def _existing(initialization_id: str, tenant: Tenant, store: StoreDependency) ->
     "",
     status_code=202,
     operation_id="createInitialization",
-    responses=responses(RequestInvalid, ObjectiveUnavailable, IdempotencyMismatch, ModelError, NotFound),
+    responses=responses(
+        RequestInvalid, ObjectiveUnavailable, IdempotencyMismatch, ModelError, NotFound, RequestTooLarge
+    ),
 )
 def create_initialization(
     spec: InitializationSpec,
@@ -70,7 +79,10 @@ def create_initialization(
     tenant: Tenant,
     store: StoreDependency,
     settings: SettingsDependency,
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+    idempotency_key: Annotated[
+        str | None,
+        Header(min_length=1, max_length=255, description="of your making: the same key with the same body queues once"),
+    ] = None,
 ) -> Initialization:
     """Queue an initialization; a repeated Idempotency-Key returns the first one again."""
     check_text(spec)
@@ -94,9 +106,9 @@ def create_initialization(
 def list_initializations(
     tenant: Tenant,
     store: StoreDependency,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    cursor: Annotated[str | None, Query(max_length=256)] = None,
-    state: State | None = None,
+    limit: PageLimit = 20,
+    cursor: PageCursor = None,
+    state: Annotated[State | None, Query(description="those in this state alone")] = None,
 ) -> InitializationPage:
     """Return the initializations, newest first."""
     data, following = store.page(tenant, limit=limit, cursor=cursor, state=state)
@@ -172,9 +184,7 @@ def cancel_initialization(initialization_id: str, tenant: Tenant, store: StoreDe
 
 
 @router.get("/{initialization_id}/events", operation_id="listEvents", responses=responses(NotFound))
-def list_events(
-    initialization_id: str, tenant: Tenant, store: StoreDependency, after: Annotated[int, Query(ge=0)] = 0
-) -> EventPage:
+def list_events(initialization_id: str, tenant: Tenant, store: StoreDependency, after: EventNumber = 0) -> EventPage:
     """Return what has happened to an initialization, after the event of that number."""
     return EventPage(data=store.events(tenant, initialization_id, after=after))
 
@@ -191,9 +201,12 @@ async def stream_events(
     tenant: Tenant,
     _: Annotated[Initialization, Depends(_existing)],
     store: StoreDependency,
-    last_event_id: Annotated[str | None, Header()] = None,
+    last_event_id: Annotated[str | None, Header(description="number of the last event that was seen")] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    """Send events as they happen, and progress in between, until the initialization has ended."""
+    """Send events as they happen, and progress in between, until the initialization has ended.
+
+    Events are named by their type and numbered as in `/events`; progress comes as `progress`, without a number.
+    """
     seen = int(last_event_id) if last_event_id and last_event_id.isdecimal() else 0
     progress = None
     while not request.app.state.stopping.is_set():

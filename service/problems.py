@@ -30,6 +30,7 @@ _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 def install(app: FastAPI) -> None:
     """Let the app answer every error as a problem, and give every request an ID."""
+    _describe(app)
 
     @app.middleware("http")
     async def identify(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -69,6 +70,22 @@ def install(app: FastAPI) -> None:
             title=str(error.detail), status=error.status_code, detail=f"{request.method} {request.url.path}", code=code
         )
         return answer(request, problem, dict(error.headers or {}))
+
+
+def _describe(app: FastAPI) -> None:
+    """Let the app's description have the schema of errors at their media type; FastAPI has it at the answer's."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        operations = [operation for path in document["paths"].values() for operation in path.values()]
+        for response in (one for operation in operations for one in operation["responses"].values()):
+            content = response.get("content", {})
+            for media in content.keys() - {MEDIA_TYPE} if MEDIA_TYPE in content else ():
+                content[MEDIA_TYPE] = content.pop(media) | content[MEDIA_TYPE]
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to change it
 
 
 def answer(request: Request, problem: Problem, headers: dict[str, str] | None = None) -> Response:
@@ -115,10 +132,14 @@ _OWN_TAGS = {"sft", "dpo", "orpo", "kto", "mgda", "upgrad", "imtl_g", "mean", "f
 _UNION_TAGS = _OWN_TAGS | set(NAMES)
 
 
-def responses(*errors: type[D2LoraError]) -> dict[int | str, dict[str, Any]]:
-    """Return OpenAPI's description of the errors that an operation may answer with."""
+def responses(*errors: type[D2LoraError], keyed: bool = True) -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's description of an operation's errors, ``keyed`` if it needs an API key."""
     by_status: dict[int | str, list[type[D2LoraError]]] = {}
-    everywhere: list[type[D2LoraError]] = [RequestInvalid, Unauthorized, InternalError, StoreUnavailable]
+    everywhere: list[type[D2LoraError]] = [
+        *([RequestInvalid, Unauthorized] if keyed else []),
+        InternalError,
+        StoreUnavailable,
+    ]
     for error in dict.fromkeys([*errors, *everywhere]):
         by_status.setdefault(error.status, []).append(error)
     return {
