@@ -95,7 +95,12 @@ def _with_update(
 ) -> Tensor:
     inputs = arguments[0]
     down = inputs @ layer.lora_A.to(inputs).mT
-    return output + (down @ (scaling * layer.lora_B).to(inputs).mT)
+    up = (scaling * layer.lora_B).to(inputs).mT
+    if torch.is_grad_enabled():
+        return output + down @ up
+    # Nothing else has seen the layer's new output: the product is added where it is, without copies of its size.
+    output.view(-1, output.shape[-1]).addmm_(down.flatten(0, -2), up)
+    return output
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,25 @@ def logits_of(model):
         return model(input_ids=torch.arange(3, 20)[None]).logits
 
 
+def test_a_forward_that_adds_the_update_in_place_gives_what_one_with_gradients_does(model):
+    generator = torch.Generator().manual_seed(0)
+    factors = {}
+    for name, module in targets_of(model).items():
+        rows, columns = layer_sizes(module)
+        factors[name] = Factors(torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator))
+    ids = torch.arange(3, 20)[None]
+    plain = logits_of(model)
+
+    with adapted(targets_of(model), factors, scaling=0.03):
+        in_place = logits_of(model)
+        with torch.enable_grad():
+            added = model(input_ids=ids).logits
+
+    assert (in_place - plain).norm() > 1e-3 * plain.norm()
+    torch.testing.assert_close(in_place, added, rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits_of(model), plain)
+
+
 @pytest.mark.parametrize("config", [T5Config(), BartConfig()], ids=["t5", "bart"])
 def test_an_encoder_decoder_is_refused_with_the_reason(config, tmp_path):
     config.save_pretrained(tmp_path)
