@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich import print_json
 
-from d2lora.client import Client
+from d2lora.client import Client, need_free
 from d2lora.datasets import DatasetFile, Format, inspect
 from d2lora.display import print_dataset, print_job, print_summary, progress_bar
 from d2lora.errors import D2LoraError, Problem, ServiceUnreachable, from_problem
@@ -216,6 +216,10 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Upload a dataset and ask the service for an adapter."""
+    if out is not None:
+        if not wait_:
+            _stop("--out: the adapter is pulled at the end of the job; give --wait as well", 2)
+        need_free(out)  # and not only when the job has run
     rows, measuring = _training_files([data, *(dataset or [])], evaluations, column, format)
     files = _extra_files(extras)
     unknown = [f"unknown-{number}" for number in range(1, len(rows))]

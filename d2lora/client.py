@@ -152,8 +152,7 @@ class Client:
             Conflict: the directory exists and is not empty, or the initialization has not succeeded.
             ChecksumMismatch: a file is not what the service says it is.
         """
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise Conflict(f"{directory} exists and is not an empty directory")
+        need_free(directory)
         adapter = self.adapter(initialization_id)
         directory.absolute().parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=directory.absolute().parent, prefix=f".{directory.name}-"))
@@ -232,6 +231,12 @@ class Client:
                 raise problem
             return response
         raise AssertionError("the last try returns or raises")
+
+
+def need_free(directory: Path) -> None:
+    """Raise `Conflict` unless an adapter can be pulled there: it does not exist, or is empty."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise Conflict(f"{directory} exists and is not an empty directory")
 
 
 class _Page(BaseModel):

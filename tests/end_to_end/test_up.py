@@ -69,9 +69,9 @@ def test_two_datasets_go_in_and_one_adapter_or_one_for_each_comes_out_with_figur
     shared_up, tiny_model, rows, tmp_path
 ):
     with shared_up.client() as client:
-        ids = [client.upload_dataset(rows(count)).id for count in (12, 16)]
+        *ids, measuring = (client.upload_dataset(rows(count)).id for count in (12, 16, 5))
         asked = [
-            {"dataset_id": dataset_id, "objectives": [{"type": kind}]}
+            {"dataset_id": dataset_id, "objectives": [{"type": kind}], "eval_dataset_id": measuring}
             for dataset_id, kind in zip(ids, ("sft", "dpo"), strict=True)
         ]
         spec = InitializationSpec.model_validate({"base_model": tiny_model, "datasets": asked, "lora": {"r": 2}})
@@ -82,6 +82,8 @@ def test_two_datasets_go_in_and_one_adapter_or_one_for_each_comes_out_with_figur
             assert [one.dataset_id for one in done.spec.datasets] == ids
             held_out = done.result.summary.held_out
             assert (held_out["datasets[0].sft"].rows, held_out["datasets[1].dpo"].rows) == (12, 16)
+            evaluation = done.result.summary.evaluation
+            assert (evaluation["datasets[0].sft"].rows, evaluation["datasets[1].dpo"].rows) == (5, 5)
         one, each = (client.pull(job.id, tmp_path / job.id) for job in jobs)
 
     assert {path.name for path in one} == {path.name for path in each}

@@ -182,6 +182,8 @@ def test_validate_names_the_row_at_fault(rows, tmp_path):
         (["validate", "rows.jsonl", "--column", "prompt"], 2, "ours=theirs"),
         (["validate", "rows.jsonl", "--column", "prompt=a", "--column", "prompt=b"], 2, "is mapped to a already"),
         (["submit", "m", "rows.jsonl", "--r", "0"], 2, "greater than or equal to 1"),
+        (["submit", "m", "rows.jsonl", "--out", "a", "--api-key", "k"], 2, "give --wait as well"),
+        (["submit", "m", "rows.jsonl", "--wait", "--out", ".", "--api-key", "k"], 1, "not an empty directory"),
         (["status", "init_1"], 2, "no API key"),
         (["status", "init_1", "--api-key", "k\u00e9y"], 2, "what no key can"),
         (["status", "init_1", "--api-key", "k\r"], 2, "what no key can"),
