@@ -109,7 +109,8 @@ def up(
     with running([service, worker]):
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         try:
-            wait_until_ready(url, service)
+            assert service.process is not None
+            wait_until_ready(url, service.process)
         except RuntimeError as error:
             _stop(str(error), 1)
         print(f"d2lora is up at {url}")

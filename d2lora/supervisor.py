@@ -123,7 +123,7 @@ def is_taken(host: str, port: int) -> bool:
     return False
 
 
-def wait_until_ready(url: str, service: Child, *, timeout: float = 60.0) -> None:
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], *, timeout: float = 60.0) -> None:
     """Return when the service answers that it is ready.
 
     Raises:
@@ -131,9 +131,8 @@ def wait_until_ready(url: str, service: Child, *, timeout: float = 60.0) -> None
     """
     end = time.monotonic() + timeout
     while time.monotonic() < end:
-        assert service.process is not None
-        if service.process.poll() is not None:
-            raise RuntimeError(f"the service ended with {service.process.returncode} before it was ready")
+        if process.poll() is not None:
+            raise RuntimeError(f"the service ended with {process.returncode} before it was ready")
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/readyz", timeout=2).is_success:
                 return

@@ -29,7 +29,7 @@ from d2lora.client import Client
 from d2lora.display import progress_bar
 from d2lora.initializations import Dpo, InitializationSpec, LoraSpec, Orpo, Sft, State
 from d2lora.models import LocalModel, locate
-from d2lora.supervisor import free_port
+from d2lora.supervisor import api_key_file, free_port, wait_until_ready
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
@@ -59,6 +59,10 @@ def main() -> int:
         ]
         service = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     try:
+        try:
+            wait_until_ready(url, service, timeout=120)
+        except RuntimeError as error:
+            raise SystemExit(f"{error}; see {DEMO / 'service.log'}") from error
         directory = fetch_adapter(url, arguments)
     finally:
         service.terminate()
@@ -68,7 +72,7 @@ def main() -> int:
 
 def fetch_adapter(url: str, arguments: argparse.Namespace) -> Path:
     """Return the directory of the adapter, made by the service at ``url``."""
-    with Client(url, api_key=api_key()) as client:
+    with Client(url, api_key=api_key_file(DEMO / "state")) as client:
         step(f"uploading {arguments.data.name} and {arguments.eval.name}")
         dataset = client.upload_dataset(arguments.data)
         evaluation = client.upload_dataset(arguments.eval)
@@ -152,17 +156,6 @@ def complete(model: PeftModel, tokenizer: AutoTokenizer, row: dict[str, str]) ->
 def wanted(row: dict[str, str]) -> str:
     """Return the completion that a row asks for."""
     return row.get("chosen") or row["completion"]
-
-
-def api_key() -> str:
-    """Return the key that ``d2lora up`` made; it writes the file before the service starts."""
-    path = DEMO / "state" / "api_key"
-    end = time.monotonic() + 60
-    while not path.exists() or not path.read_text():
-        if time.monotonic() > end:
-            raise SystemExit(f"the service did not start; see {DEMO / 'service.log'}")
-        time.sleep(0.1)
-    return path.read_text().strip()
 
 
 def packaged_model() -> str:
