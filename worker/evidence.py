@@ -16,8 +16,8 @@ from torch import Tensor
 from d2lora.initializations import Frozen, HeldOut, InitializationSpec, ResultSummary
 from d2lora.roles import MEASURING, Role, without_dataset_ids
 from d2lora.supervision import Supervision
-from worker.calibration import Calibration, Trial
 from worker.data import Encoded, Example
+from worker.line_search import Calibration, Trial
 from worker.models import weight_norm
 from worker.pipeline import BuiltAdapter
 from worker.ranks import Allocation

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Retained
 from d2lora.settings import WorkerSettings
 from worker.batches import Batch
-from worker.calibration import Calibration, Evaluator, Examined, alone, calibrate, calibration_batches, held_out
+from worker.calibration import Evaluator, Examined, alone, calibrate, calibration_batches, held_out
 from worker.combining import Mixture
 from worker.data import Example
 from worker.directions import (
@@ -39,6 +39,7 @@ from worker.factors import (
     whitened_gramians,
 )
 from worker.gathering import Gathered, deal_batches, gather_statistics, kind_of_sums, sketch_shapes
+from worker.line_search import Calibration
 from worker.matrices import TestMatrices
 from worker.models import BaseModel
 from worker.objectives import Basis, Scores, bases_of, resolve_objectives

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from d2lora.errors import DatasetInvalid, NumericalFailure
 from d2lora.initializations import InitializationSpec, Phase, Retained, Sft
 from worker.batches import Batch, assign_folds, distinct_rows, make_batches
-from worker.calibration import Calibration, calibration_batches, score_step
+from worker.calibration import calibration_batches, score_step
 from worker.data import Example, needed
 from worker.factors import Direction
 from worker.halving import in_halves
+from worker.line_search import Calibration
 from worker.low_rank import LowRank
 from worker.matrices import TestMatrices
 from worker.models import BaseModel, layer_sizes

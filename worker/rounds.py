@@ -14,20 +14,11 @@ from torch import nn
 from d2lora.errors import NumericalFailure
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase, Sft
 from worker.batches import Batch
-from worker.calibration import (
-    EVALUATIONS,
-    Calibration,
-    Held,
-    Trial,
-    failed_trial,
-    first_step,
-    line_search,
-    score_step,
-    trial,
-)
+from worker.calibration import Held, failed_trial, score_step, trial
 from worker.checkpointing import activation_checkpointing
 from worker.combining import Mixture
 from worker.factors import Direction
+from worker.line_search import EVALUATIONS, Calibration, Trial, first_step, line_search
 from worker.matrices import Shape, TestMatrices
 from worker.mismatches import score_for
 from worker.models import BaseModel

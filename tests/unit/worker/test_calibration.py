@@ -6,7 +6,8 @@ import torch
 from d2lora.initializations import Dpo, Kto, Sft
 from tests.unit.worker.conftest import as_examples, reference_rows
 from worker.batches import make_batches
-from worker.calibration import Change, Examined, Trial, failed_trial, first_step, line_search, together, trial
+from worker.calibration import Examined, failed_trial, together, trial
+from worker.line_search import Change, Trial, first_step, line_search
 from worker.objectives import Scores
 
 

@@ -13,8 +13,8 @@ from tests.support.reference import ReferenceRow, sft_loss
 from tests.unit.worker.conftest import as_examples, one_fold, reference_rows
 from tests.unit.worker.test_pipeline import learnable_rows, spec_for, updates
 from tests.unit.worker.test_whitening import power
-from worker.calibration import Calibration, Change, Trial
 from worker.gradients import DenseGradient
+from worker.line_search import Calibration, Change, Trial
 from worker.low_rank import LowRank
 from worker.matrices import Shape, TestMatrices
 from worker.models import layer_sizes
