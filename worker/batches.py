@@ -15,6 +15,9 @@ from torch import Tensor
 from d2lora.supervision import Supervision, supervision_of
 from worker.data import Example
 
+_BATCHES_WORTH_THE_LIMIT = 16
+"""So many batches more are worth ``max_tokens`` of padding less; a pass takes some time for a batch of any size."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -103,15 +106,29 @@ def make_batches(
     for fold in sorted(set(folds)):
         own = [index for index, of in enumerate(folds) if of == fold]
         own.sort(key=lambda index: (examples[index].length, examples[index].digest))
-        current: list[int] = []
-        for index in own:
-            sequences = (len(current) + 1) * (2 if examples[index].rejected else 1)
-            if current and sequences * examples[index].length > max_tokens:
-                batches.append(_batch(examples, current, fold, pad_token_id))
-                current = []
-            current.append(index)
-        batches.append(_batch(examples, current, fold, pad_token_id))
+        sizes = [examples[index].length * (2 if examples[index].rejected else 1) for index in own]
+        # KTO's mismatched completions come from the same batch, so labeled rows want as many as fit.
+        labeled = examples[own[0]].desirable is not None
+        cost = max_tokens if labeled else max_tokens // _BATCHES_WORTH_THE_LIMIT
+        batches += [
+            _batch(examples, own[start:end], fold, pad_token_id)
+            for start, end in _cheapest_runs(sizes, max_tokens, cost)
+        ]
     return batches
+
+
+def _cheapest_runs(sizes: Sequence[int], max_tokens: int, cost: int) -> list[tuple[int, int]]:
+    """Return where batches of rows of these ascending sizes begin and end, for the fewest padded tokens and costs."""
+    fewest, starts = [0], [0]  # for the first rows, and where their last batch begins
+    for end, size in enumerate(sizes, start=1):
+        first = max(0, end - max(1, max_tokens // size))
+        tokens, start = min((fewest[start] + (end - start) * size, start) for start in range(first, end))
+        fewest.append(tokens + cost)
+        starts.append(start)
+    runs = [(starts[-1], len(sizes))]
+    while runs[-1][0] > 0:
+        runs.append((starts[runs[-1][0]], runs[-1][0]))
+    return runs[::-1]
 
 
 def groups_by_length(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
