@@ -75,11 +75,13 @@ class DenseGradient:
 
     def factorize(self, coefficients: Float[Tensor, " K"], rank: int, *, keep: int | None = None) -> LowRank:
         """Return the best part of rank r, or ``keep``, of ``sum_k coefficients[k] G_k`` by a full SVD."""
-        matrix = torch.einsum("k,koi->oi", coefficients.to(self.gradients), self.gradients)
+        gradients = self.gradients.double()  # singular values that lie close need more digits than the sums have
+        matrix = torch.einsum("k,koi->oi", coefficients.to(gradients), gradients)
         if self.shape.transposed:
             matrix = matrix.T
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        energy = values.double().square().sum().item()
+        energy = values.square().sum().item()
+        left, values, right = left.float(), values.float(), right.float()
         return oriented(left, values, right, energy=energy, missed=0.0, shape=self.shape).cut(keep or rank)
 
     @staticmethod

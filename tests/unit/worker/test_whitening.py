@@ -138,10 +138,7 @@ def test_the_exact_direction_is_the_best_rank_of_the_dense_whitened_gradient(sid
         direction = whitened_factorization(layer, coefficients, 4, whitening)
 
         whitened = dense_whitened(torch.einsum("k,koi->oi", coefficients, gradients), moment, whitening)
-        # The best rank moves with rounding the more, the nearer the first singular value that it leaves out is.
-        values = torch.linalg.svdvals(whitened)
-        rounding = 4e-7 * whitened.norm() * values[3] / (values[3] - values[4])
-        assert (reconstruct(direction) - best(whitened, 4)).norm() < rounding
+        assert (reconstruct(direction) - best(whitened, 4)).norm() < 1e-5 * whitened.norm()
         assert direction.energy == pytest.approx(whitened.square().sum().item(), rel=1e-5)
 
 
