@@ -119,7 +119,8 @@ def _next_step(trials: Sequence[Trial]) -> float | None:
     """Return the next eta to try, or None when the minimum is located."""
     ordered = sorted(trials, key=lambda one: one.eta)
     best = min(range(len(ordered)), key=lambda index: ordered[index].combined.mean)
-    if best == 0:
+    # Where the first step falls at all, a longer one is better as a rule (docs/log.md).
+    if best == 0 and not (len(ordered) == 1 and ordered[0].combined.mean < 0):
         return ordered[0].eta / 2
     if best == len(ordered) - 1:
         return ordered[-1].eta * 2

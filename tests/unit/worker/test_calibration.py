@@ -35,6 +35,15 @@ def test_the_search_finds_the_bottom_of_a_valley(first):
     assert len(evaluate.asked) <= 5
 
 
+@pytest.mark.parametrize(("first", "second"), [(0.3, 0.6), (1.0, 2.0), (5.0, 2.5)])
+def test_a_first_step_that_falls_is_followed_by_a_longer_one_and_one_that_rises_by_a_shorter_one(first, second):
+    evaluate = valley(1.0)
+
+    line_search(evaluate, first, evaluations=5)
+
+    assert evaluate.asked[:2] == [first, second]
+
+
 def test_a_change_within_its_standard_error_is_not_accepted():
     found = line_search(valley(1.0, depth=0.01, error=0.02), 1.0, evaluations=5)
 
