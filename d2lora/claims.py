@@ -137,7 +137,7 @@ def stored_dataset(session: Session, tenant: str, dataset_id: str, *, keep: bool
 
 def claim_of(session: Session, row: InitializationRow) -> Claim:
     """Return what the worker that holds a job needs."""
-    spec = InitializationSpec.model_validate(row.spec)
+    spec = InitializationSpec.model_validate(row.request)
     done: list[DoneShard] = []
     if row.stage == Stage.BUILD:
         parts = select(ShardRow).where(ShardRow.initialization_id == row.id, ShardRow.kind == "statistics")
@@ -173,7 +173,7 @@ def shard_claim_of(row: InitializationRow, shard: ShardRow) -> ShardClaim:
         made_by=shard.made_by,
         number=shard.number,
         attempt=shard.attempt,
-        spec=InitializationSpec.model_validate(row.spec),
+        spec=InitializationSpec.model_validate(row.request),
         task=_TASK.validate_python(shard.task),
         inputs=_files(shard),
     )

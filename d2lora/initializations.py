@@ -156,6 +156,11 @@ class InitializationSpec(Frozen):
         description="nats per token by which the loss of retain_dataset_id may rise; 0.01 when omitted",
     )
     lora: LoraSpec = Field(default=LoraSpec(), description="the adapter's shape")
+    direction: Literal["orthogonalized", "gradient"] = Field(
+        default="orthogonalized",
+        description="of the step in a layer; orthogonalized: as far along each of the gradient's r leading singular "
+        "directions, and the less far the larger the rows' own gradients are; gradient: as far as the gradient has it",
+    )
     start: Literal["calibrated", "zero"] = Field(
         default="calibrated",
         description="calibrated: a step as large as held-out rows support, and the zero start where they support none; "
@@ -320,6 +325,7 @@ _GRADIENT_ONLY = {
     "whitening",
     "retain_dataset_id",
     "retain_tolerance",
+    "direction",
     "start",
     "statistics",
     "second_pass_above",
@@ -330,7 +336,7 @@ _GRADIENT_ONLY = {
 """Fields of a request that only our own method reads."""
 
 
-_BEFORE_A_WARMUP = {"objectives", "combination", "whitening", "start", "statistics"}
+_BEFORE_A_WARMUP = {"objectives", "combination", "whitening", "direction", "start", "statistics"}
 """Those of them that a warm-up from our own start reads."""
 
 

@@ -127,7 +127,7 @@ class Leases:
                     _give_up(session, row, row.failures)
                     continue
                 try:
-                    InitializationSpec.model_validate(row.spec)
+                    InitializationSpec.model_validate(row.request)
                 except ValidationError:  # a newer version's, which is for a newer worker
                     row.worker, row.lease_until = None, now(session) + lease / 3
                     continue

@@ -51,6 +51,10 @@ _OPTIONS: dict[str, Any] = {
     "retain_tolerance": Annotated[
         float | None, typer.Option(help="nats per token by which the loss of --retain may rise (default: 0.01)")
     ],
+    "direction": Annotated[
+        str | None,
+        typer.Option(help="orthogonalized or gradient: how far to step along singular directions (default: the first)"),
+    ],
     "start": Annotated[str | None, typer.Option(help="calibrated or zero (default: calibrated)")],
     "statistics": Annotated[str | None, typer.Option(help="sketch or exact (default: sketch)")],
     "second_pass_above": Annotated[

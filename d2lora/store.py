@@ -290,7 +290,9 @@ def _resource(session: Session, row: InitializationRow) -> Initialization:
     progress = _gathered(session, row) if row.stage == Stage.SHARDS else row.progress
     # A newer version may know of fields that this one does not; during an upgrade both serve.
     return Initialization.model_validate(
-        {"progress": progress, "statistics": _without_places(row)} | {name: getattr(row, name) for name in names},
+        {"progress": progress, "statistics": _without_places(row)}
+        | {name: getattr(row, name) for name in names}
+        | {"spec": row.request},
         extra="ignore",
     )
 

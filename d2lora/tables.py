@@ -118,6 +118,12 @@ class InitializationRow(Table):
         Index("ix_initializations_state_cleaned", "state", "cleaned"),
     )
 
+    @property
+    def request(self) -> dict[str, Any]:
+        """The request as it was meant: one of the time before there was ``direction`` was for the gradient's own."""
+        ours = "start" in self.spec  # requests for methods that take no step have neither
+        return {"direction": "gradient", **self.spec} if ours else self.spec
+
 
 class ShardRow(Table):
     """A part of a job that any worker can do: its task, who does it and until when, and what came out."""

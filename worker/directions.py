@@ -74,7 +74,8 @@ def combined_direction(
 ) -> tuple[Mixture, Direction]:
     """Return how the objectives are combined, and the rank-r direction, from all folds or all but one.
 
-    Of layers that are to have ranks of their own, it has as many directions as one may get.
+    Of layers that are to have ranks of their own, it has as many directions as one may get. Steps are as the gradient
+    has them until `steps_of` makes them what the request asks for.
     """
     statistics = statistics_of(passes)
     coefficients = coefficients_of(passes, leave_out=leave_out)
@@ -96,6 +97,13 @@ def combined_direction(
         leave_out=leave_out,
         whitening=spec.whitening,
     )
+
+
+def steps_of(direction: Direction, spec: InitializationSpec) -> Direction:
+    """Return the direction, cut to its ranks, with steps as the request wants them."""
+    if spec.direction == "gradient":
+        return direction
+    return {name: layer.orthogonalized() for name, layer in direction.items()}
 
 
 def leave_one_out_directions(

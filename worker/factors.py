@@ -67,11 +67,11 @@ def whitened_gramians(
 
 
 def calibrated_step(direction: Direction, *, eta: float, scaling: float) -> dict[str, Factors]:
-    """Return factors with ``s B A = -eta * direction``: eq. 4 of docs/method.md, and eq. 5 for ``eta = 0``."""
+    """Return factors of a step of size eta: eq. 4 of docs/method.md, and eq. 5 for ``eta = 0``."""
     return {
         name: Factors(
             lora_A=(ROW_NORM * layer.right).contiguous(),
-            lora_B=(-(eta / (scaling * ROW_NORM)) * layer.left * layer.values).contiguous(),
+            lora_B=(-(eta / (scaling * ROW_NORM)) * layer.left * layer.step).contiguous(),
         )
         for name, layer in direction.items()
     }

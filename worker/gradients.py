@@ -82,7 +82,8 @@ class DenseGradient:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         energy = values.square().sum().item()
         left, values, right = left.float(), values.float(), right.float()
-        return oriented(left, values, right, energy=energy, missed=0.0, shape=self.shape).cut(keep or rank)
+        rows = rows_of(self.row_gramian, coefficients)
+        return oriented(left, values, right, energy=energy, missed=0.0, rows=rows, shape=self.shape).cut(keep or rank)
 
     @staticmethod
     def layout(shape: Shape, bases: int) -> dict[str, tuple[str, list[int]]]:
@@ -97,6 +98,12 @@ class DenseGradient:
     def from_tensors(shape: Shape, matrices: TestMatrices, tensors: dict[str, Tensor]) -> "DenseGradient":
         """Return the gradients that gave these tensors."""
         return DenseGradient(shape, matrices, tensors["gradients"], tensors["rows"])
+
+
+def rows_of(row_gramian: Float[Tensor, "K K"], coefficients: Float[Tensor, " K"]) -> float:
+    """Return the sum over rows of the squared norm of a row's ``sum_k coefficients[k] g_k``."""
+    c = coefficients.to(row_gramian)
+    return max(0.0, (c @ row_gramian @ c).item())
 
 
 def weigh_row_products(weights: Float[Tensor, "K H R"], products: Float[Tensor, "R H H"]) -> Float[Tensor, "K K"]:

@@ -4,13 +4,16 @@ Shape legend
     O  out_features, I  in_features; L  the larger of the two, M  the smaller; N  rank
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from worker.matrices import Shape
+
+_NEGLIGIBLE = 1e-4
+"""Of the largest value: what is below is rounding in float32, and its singular vectors mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,12 @@ class LowRank:
     """Estimated squared Frobenius norm of what the sketch could not represent, before the cut; 0 when exact."""
     noise: float = 0.0
     """Estimated part of every squared value that is the sketch's noise; 0 when exact."""
-    slope: float | None = None
-    """Inner product with the gradient that is descended; None if that is ``kept``, as for a part of the gradient."""
+    rows: float = 0.0
+    """Sum over rows of the squared Frobenius norm of what the row alone adds to the gradient."""
+    along: Float[Tensor, " N"] | None = None
+    """``u^T G v`` of every direction for the gradient G that is descended; None if these are the values."""
+    lengths: Float[Tensor, " N"] | None = None
+    """Of a step of size 1 along every direction; None if these are the values."""
 
     @property
     def kept(self) -> float:
@@ -36,16 +43,48 @@ class LowRank:
         return self.values.double().square().sum().item()
 
     @property
+    def step(self) -> Float[Tensor, " N"]:
+        """The singular values of a step of size 1."""
+        return self.values if self.lengths is None else self.lengths
+
+    @property
+    def step_energy(self) -> float:
+        """Squared Frobenius norm of a step of size 1."""
+        return self.step.double().square().sum().item()
+
+    @property
     def descent(self) -> float:
-        """How fast the loss falls along this direction, at first."""
-        return self.kept if self.slope is None else self.slope
+        """How fast the loss falls along the step, at first."""
+        along = self.values if self.along is None else self.along
+        return (along.double() @ self.step.double()).item()
 
     def cut(self, rank: int) -> "LowRank":
         """Return the best approximation of the given rank."""
         if rank >= len(self.values):
             return self
-        kept = self.left[:, :rank], self.values[:rank], self.right[:rank]
-        return LowRank(*kept, self.energy, self.missed, self.noise)
+        return replace(
+            self,
+            left=self.left[:, :rank],
+            values=self.values[:rank],
+            right=self.right[:rank],
+            along=None if self.along is None else self.along[:rank],
+            lengths=None if self.lengths is None else self.lengths[:rank],
+        )
+
+    def orthogonalized(self) -> "LowRank":
+        """Return the same directions with steps of one length, 1 over the root of ``rows`` (docs/method.md, section 4).
+
+        Directions that are nothing but rounding get none.
+        """
+        length = self.rows**-0.5 if self.rows > 0 else 0.0
+        real = self.values > _NEGLIGIBLE * self.values[:1]
+        return replace(self, lengths=torch.where(real, length, 0.0).to(self.values))
+
+    def taken(self, eta: float) -> "LowRank":
+        """Return a step of size eta as a matrix of its own; ``energy`` and ``missed`` keep their ratio to ``kept``."""
+        kept = self.kept
+        scale = eta**2 * (self.step_energy / kept if kept else 0.0)
+        return LowRank(self.left, eta * self.step, self.right, scale * self.energy, scale * self.missed)
 
 
 def oriented(
@@ -56,12 +95,13 @@ def oriented(
     energy: float,
     missed: float,
     noise: float = 0.0,
+    rows: float = 0.0,
     shape: Shape,
 ) -> LowRank:
     """Undo the transposition, and fix the signs."""
     if shape.transposed:
         left, right = right.T, left.T
-    return LowRank(*signed(left, values, right), energy, missed, noise)
+    return LowRank(*signed(left, values, right), energy, missed, noise, rows)
 
 
 def signed(

@@ -30,6 +30,7 @@ from worker.directions import (
     names_of,
     noise_scales,
     statistics_of,
+    steps_of,
 )
 from worker.factors import (
     Direction,
@@ -141,7 +142,7 @@ def build_adapter(
             checkpointing=settings.activation_checkpointing,
             on_progress=on_progress,
         )
-        direction = {**built.direction, **better}
+        direction = {**built.direction, **steps_of(better, spec)}
         eta = step_along(direction, eta=built.eta, instead_of=built.direction)
         factors = calibrated_step(direction, eta=eta, scaling=spec.lora.scaling)
         return replace(built, direction=direction, factors=factors, eta=eta, refined=frozenset(better))
@@ -150,7 +151,8 @@ def build_adapter(
 
     def direction_of(statistics: Statistics, own: tuple[Basis, ...]) -> tuple[Mixture, Direction]:
         products = inner_products([statistics], len(own))
-        return combined_direction([Pass(objectives, own, [statistics], [])], products, spec)
+        mixture, direction = combined_direction([Pass(objectives, own, [statistics], [])], products, spec)
+        return mixture, steps_of(direction, spec)
 
     around = Surroundings(
         base,
@@ -234,11 +236,15 @@ def adapter_from(
 
         search = partial(calibrate, asked, mixture, on_progress=on_progress)
         if restraint is None:
+            directions = [steps_of(one, spec) for one in directions]
             calibration = search(directions)
         else:
-            outcome = restrain(direction, directions, search, restraint, rank=spec.lora.r)
+            outcome = restrain(
+                direction, directions, search, restraint, rank=spec.lora.r, steps=partial(steps_of, spec=spec)
+            )
             calibration, direction, retained = outcome.calibration, outcome.direction, outcome.retained
     direction, allocation = cut_to_ranks(direction, spec.lora)
+    direction = steps_of(direction, spec)
     accepted = calibration.accepted if calibration else None
     eta = accepted.eta if accepted else 0.0
 

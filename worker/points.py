@@ -23,15 +23,12 @@ Point = Direction
 
 def first_point(direction: Direction, eta: float) -> Point:
     """Return where a step of size eta from the base model leads."""
-    return {
-        name: replace(layer, values=eta * layer.values, energy=eta**2 * layer.energy, missed=eta**2 * layer.missed)
-        for name, layer in direction.items()
-    }
+    return {name: layer.taken(eta) for name, layer in direction.items()}
 
 
 def moved(point: Point, direction: Direction, eta: float, *, rank: int) -> Point:
     """Return where a step of size eta from the point leads, cut to the rank again."""
-    return {name: _sum(layer, direction[name], eta, rank) for name, layer in point.items()}
+    return {name: _sum(layer, direction[name].taken(eta), rank) for name, layer in point.items()}
 
 
 def at(targets: Mapping[str, nn.Module], point: Point) -> AbstractContextManager[None]:
@@ -39,19 +36,19 @@ def at(targets: Mapping[str, nn.Module], point: Point) -> AbstractContextManager
     return adapted(targets, calibrated_step(point, eta=1.0, scaling=1.0), scaling=1.0)
 
 
-def _sum(point: LowRank, step: LowRank, eta: float, rank: int) -> LowRank:
+def _sum(point: LowRank, step: LowRank, rank: int) -> LowRank:
     """Return the best rank-r approximation of the sum, which has rank 2r at most: exact, and no O x I matrix is made.
 
     ``energy`` becomes that of the sum before the cut; sketch errors add up at most as norms do.
     """
-    left_ON = torch.cat([point.left * point.values, step.left * (eta * step.values)], dim=1).double()
+    left_ON = torch.cat([point.left * point.values, step.left * step.values], dim=1).double()
     right_IN = torch.cat([point.right, step.right]).double().T
     (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left_ON), torch.linalg.qr(right_IN)
     u, values, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
     left, right = q_left @ u, v @ q_right.T
     largest = right.gather(1, right.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0)  # as `worker.low_rank` fixes them
-    missed = (point.missed**0.5 + abs(eta) * step.missed**0.5) ** 2
+    missed = (point.missed**0.5 + step.missed**0.5) ** 2
     whole = LowRank(left * signs.T, values, right * signs, values.square().sum().item(), missed).cut(rank)
     return replace(
         whole, left=whole.left.to(point.left), values=whole.values.to(point.left), right=whole.right.to(point.left)

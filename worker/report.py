@@ -241,7 +241,7 @@ def layer_report(
         energy_kept=round_to(min(1.0, direction.kept / energy)) if energy > 0 else 1.0,
         sketch_error=round_to((direction.missed / energy) ** 0.5) if energy > 0 else 0.0,
         passes=passes,
-        relative_magnitude=round_to(eta * direction.kept**0.5 / weight_norm) if weight_norm > 0 else 0.0,
+        relative_magnitude=round_to(eta * direction.step_energy**0.5 / weight_norm) if weight_norm > 0 else 0.0,
         gradient_norms={
             name: round_to(value**0.5) for name, value in zip(names, gramian.diagonal().tolist(), strict=True)
         },

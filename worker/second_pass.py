@@ -25,6 +25,7 @@ from d2lora.initializations import Phase, Whitening
 from worker.batches import Batch
 from worker.checkpointing import activation_checkpointing
 from worker.factors import Direction, summed
+from worker.gradients import rows_of
 from worker.low_rank import LowRank, oriented
 from worker.matrices import Shape
 from worker.models import BaseModel
@@ -82,6 +83,7 @@ class Projection:
             right,
             energy=corange_PM.double().square().sum().item() / p,
             missed=left_over.double().square().sum().item() / p,
+            rows=rows_of(sketch.row_gramian, self.coefficients),
             shape=self.shape,
         ).cut(rank)
 
@@ -99,7 +101,7 @@ def step_along(direction: Direction, *, eta: float, instead_of: Direction) -> fl
     """
 
     def steepness(of: Direction) -> float:
-        squared = sum(layer.kept for layer in of.values())
+        squared = sum(layer.step_energy for layer in of.values())
         return sum(layer.descent for layer in of.values()) / squared if squared else 1.0
 
     return eta * (steepness(direction) / steepness(instead_of))

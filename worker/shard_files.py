@@ -168,16 +168,17 @@ def read_scores(path: Path, *, made_from: str, sizes: Sequence[int]) -> list[Sco
 
 
 def write_direction(path: Path, direction: Direction) -> None:
-    """Write the combined direction of every layer."""
+    """Write the step of size 1 in every layer."""
     tensors: dict[str, Tensor] = {}
     for name, layer in direction.items():
-        tensors |= {f"{name}/left": layer.left, f"{name}/values": layer.values, f"{name}/right": layer.right}
-        tensors[f"{name}/energies"] = torch.tensor([layer.energy, layer.missed], dtype=torch.float64)
+        step = layer.taken(1.0)
+        tensors |= {f"{name}/left": step.left, f"{name}/values": step.values, f"{name}/right": step.right}
+        tensors[f"{name}/energies"] = torch.tensor([step.energy, step.missed], dtype=torch.float64)
     write(path, "direction", {"layers": list(direction)}, tensors)
 
 
 def read_direction(path: Path, device: torch.device) -> dict[str, LowRank]:
-    """Return the direction of a file, on the device; raises as `read` does."""
+    """Return the step of a file as a direction, on the device; raises as `read` does."""
     about, tensors = read(path, "direction")
 
     def layer(name: str) -> LowRank:

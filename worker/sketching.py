@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worker.gradients import DenseGradient
+from worker.gradients import DenseGradient, rows_of
 from worker.low_rank import LowRank, oriented
 from worker.matrices import Shape, TestMatrices
 
@@ -124,6 +124,7 @@ class Sketch:
             missed=missed,
             # Of what lies outside, the fit takes 1 part in P - w - 1 into each of w directions ([1], theorem 4.3).
             noise=missed / (self.shape.corange_width - 1) if self.shape.corange_width < self.shape.longer else 0.0,
+            rows=rows_of(self.row_gramian, coefficients),
             shape=self.shape,
         ).cut(keep or rank)
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from d2lora.initializations import Whitening
+from worker.gradients import rows_of
 from worker.low_rank import LowRank
 from worker.moments import Moment
 from worker.whitening import MomentSketch, descending, right_multiplied, whitener
@@ -84,6 +85,7 @@ class WhitenedProjection:
         outside = (probes_NI - sketch.probed(self.left) @ reached_EI).double().square().sum().item()
         energy = outside + reached_EI.double().square().sum().item()
         rotation, values, right = torch.linalg.svd(self.gradient, full_matrices=False)
-        gradient = LowRank(self.left @ rotation, values, right, energy, 0.0)
+        rows = rows_of(sketch.row_gramian, self.coefficients)
+        gradient = LowRank(self.left @ rotation, values, right, energy, 0.0, rows=rows)
         direction = right_multiplied(gradient, whiten).cut(rank)
         return descending(replace(direction, missed=max(0.0, energy - direction.kept)), gradient)

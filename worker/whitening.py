@@ -182,7 +182,7 @@ def whitened_gramian(layer: WithMoment, whitening: Whitening) -> Float[Tensor, "
 def whitened_factorization(
     layer: WithMoment, coefficients: Float[Tensor, " K"], rank: int, whitening: Whitening
 ) -> LowRank:
-    """Return the rank-r direction of ``sum_k coefficients[k] H_k``; `LowRank.slope` is that along G.
+    """Return the rank-r direction of ``sum_k coefficients[k] H_k``; `LowRank.along` is of G.
 
     ``energy`` and ``missed`` are those of H, for the layer's estimate of C.
     """
@@ -199,13 +199,13 @@ def whitened_factorization(
 def right_multiplied(matrix: LowRank, multiply: _Whitener) -> LowRank:
     """Return the factorization of ``matrix @ W``, where ``multiply`` returns rows times W."""
     rotation, values, right = torch.linalg.svd(matrix.values[:, None] * multiply(matrix.right), full_matrices=False)
-    return LowRank(*signed(matrix.left @ rotation, values, right), matrix.energy, matrix.missed)
+    return LowRank(*signed(matrix.left @ rotation, values, right), matrix.energy, matrix.missed, rows=matrix.rows)
 
 
 def descending(direction: LowRank, gradient: LowRank) -> LowRank:
-    """Return the direction with the slope of the loss along it, ``<gradient, direction>``."""
+    """Return the direction with what the gradient has along each of its own, so that its slope is known."""
     overlap = (gradient.left.mT @ direction.left) * (gradient.right @ direction.right.mT)
-    return replace(direction, slope=(gradient.values @ overlap @ direction.values).item())
+    return replace(direction, along=gradient.values @ overlap)
 
 
 def whitener(moment: Moment, whitening: Whitening) -> _Whitener:

@@ -24,6 +24,7 @@ INITIALIZERS: dict[str, Initializer] = {
     "random_matched": ours.random_matched,
     "ours_zero": ours.ours_zero,
     "ours_calibrated": ours.ours_calibrated,
+    "ours_gradient": ours.ours_gradient,
     "ours_whitened": ours.ours_whitened,
     "ours_rounds": ours.ours_rounds,
     "ours_ranks": ours.ours_ranks,

@@ -34,6 +34,11 @@ def ours_calibrated(work: Work) -> Start:
     return _ours(work)
 
 
+def ours_gradient(work: Work) -> Start:
+    """The same along the gradient itself, whose singular values differ."""
+    return _ours(work, direction="gradient")
+
+
 def ours_whitened(work: Work) -> Start:
     """The same from gradients that are whitened by their inputs' second moment."""
     return _ours(work, whitening=Whitening())

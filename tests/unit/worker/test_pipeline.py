@@ -82,9 +82,9 @@ def test_a_step_of_the_pilot_is_judged_on_all_rows(tmp_path, monkeypatch, paired
     same = [one for one in whole.trials if one.eta == found.pilot[0].eta]
     assert same[0].combined.mean != pytest.approx(found.pilot[0].combined.mean, rel=1e-6)
     by_eta = {one.eta: one for one in whole.trials}
-    if found.accepted.eta in by_eta:
-        assert found.accepted.combined.mean == pytest.approx(by_eta[found.accepted.eta].combined.mean, rel=1e-9)
-        assert found.accepted.combined.error == pytest.approx(by_eta[found.accepted.eta].combined.error, rel=1e-9)
+    if found.accepted.eta in by_eta:  # the same rows in other batches, so float32 rounds otherwise
+        assert found.accepted.combined.mean == pytest.approx(by_eta[found.accepted.eta].combined.mean, rel=1e-7)
+        assert found.accepted.combined.error == pytest.approx(by_eta[found.accepted.eta].combined.error, rel=1e-7)
     assert found.accepted.combined.mean == pytest.approx(whole.accepted.combined.mean, rel=0.05)
 
 

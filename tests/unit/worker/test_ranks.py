@@ -85,7 +85,7 @@ def test_ranks_are_chosen_by_what_is_left_of_the_squared_values_without_the_nois
 def test_the_ranks_are_those_of_the_dense_gradients_singular_values(tmp_path):
     model, rows = tiny_llama(), learnable_rows(8, paired=False)
 
-    built = build(rows, tmp_path, model=model, statistics="exact", lora=BUDGET)
+    built = build(rows, tmp_path, model=model, statistics="exact", lora=BUDGET, direction="gradient")
 
     gradients = weight_gradients(model, built.direction, lambda twin: sft_loss(twin, rows))
     norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()

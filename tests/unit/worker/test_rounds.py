@@ -55,6 +55,15 @@ def dense(layer):
     return (layer.left * layer.values) @ layer.right
 
 
+def row_lengths(model, layers, rows, norm):
+    """Of an orthogonalized step of SFT, by every row's own gradient."""
+    tokens, squares = sum(len(row.chosen) for row in rows), dict.fromkeys(layers, 0.0)
+    for row in rows:
+        own = weight_gradients(model, layers, lambda twin, row=row: sft_loss(twin, [row]) * len(row.chosen) / tokens)
+        squares = {name: squares[name] + (gradient / norm).square().sum() for name, gradient in own.items()}
+    return {name: square.rsqrt() for name, square in squares.items()}
+
+
 def moved_to(model, point):
     """A copy of the model in float64, whose weights hold the update."""
     twin = copy.deepcopy(model).double()
@@ -234,10 +243,12 @@ def test_a_round_of_a_longer_request_is_that_of_a_shorter_one(in_rounds):
     assert own.held_out == same.held_out
 
 
-def test_the_second_rounds_adapter_is_the_dense_one(tmp_path):
+@pytest.mark.parametrize("direction", ["gradient", "orthogonalized"])
+def test_the_second_rounds_adapter_is_the_dense_one(tmp_path, direction):
     model, rows = tiny_llama(), learnable_rows(12, paired=False)
     first, second = (
-        build(rows, tmp_path / str(count), model=model, rounds=count, statistics="exact") for count in (1, 2)
+        build(rows, tmp_path / str(count), model=model, rounds=count, statistics="exact", direction=direction)
+        for count in (1, 2)
     )
     (only,) = second.further.rounds
     assert only.calibration.accepted
@@ -248,10 +259,11 @@ def test_the_second_rounds_adapter_is_the_dense_one(tmp_path):
 
     norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
     assert only.mixture.norms.item() == pytest.approx(norm.item(), rel=1e-5)
+    lengths = row_lengths(moved_to(model, point), first.direction, rows, norm)
     before = updates(first)
     for name, update in updates(second).items():
         left, values, right = torch.linalg.svd(gradients[name] / norm, full_matrices=False)
-        step = (left[:, :4] * values[:4]) @ right[:4]
+        step = (left[:, :4] * (values[:4] if direction == "gradient" else lengths[name])) @ right[:4]
         left, values, right = torch.linalg.svd(
             before[name].double() - only.calibration.accepted.eta * step, full_matrices=False
         )

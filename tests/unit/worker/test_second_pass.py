@@ -35,6 +35,7 @@ def kept(layer, exact):
 def test_the_second_pass_is_the_dense_gradient_in_the_range_of_the_first(tmp_path, make, monkeypatch):
     """The best rank-r part of Q Q^T G, with G by autograd in float64."""
     model, rows, options = make(), learnable_rows(12), {"start": "zero", "objectives": [{"type": "sft"}]}
+    options["direction"] = "gradient"
     seen = {}
     real = Projection.factorize
 
@@ -113,14 +114,15 @@ def test_the_projection_is_the_range_times_the_gradient_however_rows_are_cut(sid
 
 def test_only_layers_above_the_bound_are_refined_and_the_backward_ends_at_the_lowest(tmp_path):
     model, rows = tiny_llama(), learnable_rows(12)
-    once = build(rows, tmp_path / "once", model=model, lora=LoraSpec(r=2))
+    options = {"model": model, "lora": LoraSpec(r=2), "direction": "gradient"}
+    once = build(rows, tmp_path / "once", **options)
     errors = {name: (layer.missed / layer.energy) ** 0.5 for name, layer in once.direction.items()}
     last = [error for name, error in errors.items() if ".1." in name]
     above = sum(sorted(last)[-2:]) / 2  # between two layers, away from rounding
     expected = {name for name, error in errors.items() if error > above}
     assert 0 < len(expected) < len(errors)
 
-    twice = build(rows, tmp_path / "twice", model=model, lora=LoraSpec(r=2), second_pass_above=above)
+    twice = build(rows, tmp_path / "twice", second_pass_above=above, **options)
 
     assert twice.refined == expected == set(inaccurate_layers(once.direction, above))
     assert twice.eta == once.eta > 0

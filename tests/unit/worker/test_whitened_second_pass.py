@@ -83,7 +83,7 @@ def test_it_is_the_whitened_gradient_within_the_range_found(sides):
     assert projection.right.shape[1] == sides[1]
     expected = best(dense_whitened(q @ (q.T @ gradient), moment, WHITENING), 3)
     assert (reconstruct(direction) - expected).norm() < 1e-4 * expected.norm()
-    assert direction.slope == pytest.approx((reconstruct(direction) * gradient).sum().item(), rel=1e-4)
+    assert direction.descent == pytest.approx((reconstruct(direction) * gradient).sum().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("sides", [(120, 160), (160, 120)])
@@ -129,21 +129,25 @@ def test_sums_do_not_depend_on_how_rows_are_cut_into_batches():
     torch.testing.assert_close(parts.moment, whole.moment, rtol=1e-4, atol=1e-3)
 
 
-def test_the_step_follows_the_slope_of_the_refined_direction(tmp_path):
+@pytest.mark.parametrize("direction", ["gradient", "orthogonalized"])
+def test_the_step_follows_the_slope_of_the_refined_direction(tmp_path, direction):
     """So that eta |D|^2 / <G, D> is what the line search has found."""
     rows = learnable_rows(24)
     once, twice = (
-        build(rows, tmp_path / str(above), second_pass_above=above, whitening={}, lora=LoraSpec(r=1))
+        build(
+            rows, tmp_path / str(above), second_pass_above=above, whitening={}, lora=LoraSpec(r=1), direction=direction
+        )
         for above in (None, 0.0)
     )
 
     slope, squared = (
         [sum(getattr(layer, of) for layer in built.direction.values()) for built in (once, twice)]
-        for of in ("slope", "kept")
+        for of in ("descent", "step_energy")
     )
     assert len(twice.refined) == len(twice.direction)
     assert once.eta > 0
     assert twice.eta * squared[1] / slope[1] == pytest.approx(once.eta * squared[0] / slope[0])
     for name, layer in twice.factors.items():
         step = 2.0 * layer.lora_B @ layer.lora_A  # alpha is 2 r
-        torch.testing.assert_close(step.double(), -twice.eta * reconstruct(twice.direction[name]), rtol=1e-4, atol=1e-7)
+        expected = -twice.eta * reconstruct(twice.direction[name].taken(1.0))
+        torch.testing.assert_close(step.double(), expected, rtol=1e-4, atol=1e-7)

@@ -151,7 +151,7 @@ def test_the_slope_is_the_inner_product_with_the_gradient_that_is_whitened(kind,
     direction = whitened_factorization(layer, coefficients, 2, WHITENING)
 
     gradient = torch.einsum("k,koi->oi", coefficients, gradients)
-    assert direction.slope == pytest.approx((reconstruct(direction) * gradient).sum().item(), rel=1e-3)
+    assert direction.descent == pytest.approx((reconstruct(direction) * gradient).sum().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("sides", SIDES)
