@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import create_engine, event, select
+from sqlalchemy import create_engine, event, select, update
 
 import d2lora
 from d2lora.claims import Standing
@@ -382,6 +382,22 @@ def test_a_stored_request_leaves_out_the_options_that_are_off(store, spec):
     # A worker of an earlier version would refuse the job for a field that it does not know.
     assert {"rounds", "whitening", "retain_dataset_id", "second_pass_above", "datasets"}.isdisjoint(stored)
     assert InitializationSpec.model_validate(stored) == spec
+
+
+@pytest.mark.parametrize(("method", "meant"), [("gradient", "gradient"), (Kaiming(), "orthogonalized")])
+def test_a_request_of_the_time_before_directions_means_the_gradients_own(store, spec, method, meant):
+    """Other methods take no direction, and a request with one could not be read."""
+    asked = InitializationSpec(**spec.model_dump(include={"base_model", "dataset_id"}), method=method)
+    job, _ = store.create("acme", asked)
+    with store._engine.begin() as connection:
+        stored = connection.execute(select(InitializationRow.spec)).scalar_one()
+        assert ("direction" in stored) == (method == "gradient")
+        old = {name: value for name, value in stored.items() if name != "direction"}
+        connection.execute(update(InitializationRow).values(spec=old))
+
+    assert store.get("acme", job.id).spec.direction == meant
+    assert [one.spec.direction for one in store.page("acme", limit=10)[0]] == [meant]
+    assert claim(store).spec.direction == meant
 
 
 def test_racing_requests_with_one_key_make_one_job(database, store, spec):
