@@ -315,6 +315,8 @@ def _finish(client: Client, job_id: str, *, out: Path | None, timeout: float | N
     """Wait for a job, show how it ended, and exit with a code that says so."""
     with progress_bar() as show:
         job = client.wait(job_id, on_update=lambda job: show(job.progress), timeout=timeout)
+    if as_json and job.state is not State.SUCCEEDED:
+        print_job(job, as_json=True)  # scripts read standard output, however the job has ended
     if job.error is not None:
         raise from_problem(job.error)
     if job.state is not State.SUCCEEDED:

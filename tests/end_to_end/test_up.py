@@ -146,6 +146,11 @@ def test_a_job_that_cannot_be_done_fails_with_its_reason(shared_up, tiny_model, 
         done = client.wait(job.id, poll=0.1, timeout=300)
 
     assert (done.state, done.error.code) == (State.FAILED, "rows_too_long")
+    command = [sys.executable, "-m", "d2lora.cli", "wait", job.id, "--url", shared_up.url, "--api-key", shared_up.key]
+    waited = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, timeout=300)
+    assert waited.returncode == 1
+    assert json.loads(waited.stdout)["error"]["code"] == "rows_too_long"
+    assert "max_length 3" in waited.stderr
 
 
 def test_stopping_takes_everything_along(up):
