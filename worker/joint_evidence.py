@@ -131,6 +131,12 @@ def _digest(digests: Iterable[str]) -> str:
 
 def _dataset_reports(spec: InitializationSpec, parts: Sequence[Intake]) -> list[DatasetReport]:
     return [
-        DatasetReport(dataset_id=named.dataset_id, sha256=one.sha256, rows=one.counts, mean_tokens=one.mean_tokens)
+        DatasetReport(
+            dataset_id=named.dataset_id,
+            sha256=one.sha256,
+            evaluation_sha256=one.extras.get(Role.EVALUATION),
+            rows=one.counts,
+            mean_tokens=one.mean_tokens,
+        )
         for named, one in zip(spec.training.values(), parts, strict=True)
     ]

@@ -40,6 +40,8 @@ class DatasetReport(Frozen):
     dataset_id: str
     sha256: str
     """Of its file."""
+    evaluation_sha256: str | None = None
+    """Of the file that measures on its objectives, if there is one."""
     rows: dict[str, int]
     """Read, used, truncated, and dropped by reason."""
     mean_tokens: dict[str, float]

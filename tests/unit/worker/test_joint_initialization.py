@@ -210,6 +210,7 @@ def test_each_dataset_has_an_evaluation_of_the_adapter_that_serves_it(
     together = hashlib.sha256("".join(f"{one}\n" for one in digests).encode()).hexdigest()
     report = Report.model_validate_json((out / "report.json").read_text())
     assert report.extra_dataset_sha256 == {"evaluation": together}
+    assert [one.evaluation_sha256 for one in report.datasets] == digests
     assert "| datasets[1].dpo (evaluation dataset) |" in (out / "README.md").read_text()
     for index in (0, 1) if adapters else ():
         own = Report.model_validate_json((folders[index] / "report.json").read_text())
