@@ -3,6 +3,7 @@
 Names inside ``lora`` are PEFT's, names of objectives and rows are TRL's.
 """
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -114,6 +115,11 @@ class LoraSpec(Frozen):
         return self.alpha * ((rank / self.r) ** 0.5 if self.use_rslora else rank / self.r)
 
 
+def default_direction(fields: Mapping[str, Any]) -> Literal["orthogonalized", "gradient"]:
+    """Return what ``direction`` is in a request that leaves it out."""
+    return "gradient" if fields.get("retain_dataset_id") is not None else "orthogonalized"
+
+
 class InitializationSpec(Frozen):
     """Everything that decides the adapter, except the base model's weights and the rows themselves."""
 
@@ -159,7 +165,8 @@ class InitializationSpec(Frozen):
     direction: Literal["orthogonalized", "gradient"] = Field(
         default="orthogonalized",
         description="of the step in a layer; orthogonalized: as far along each of the gradient's r leading singular "
-        "directions, and the less far the larger the rows' own gradients are; gradient: as far as the gradient has it",
+        "directions, and the less far the larger the rows' own gradients are; gradient: as far as the gradient has it, "
+        "which is the default beside retain_dataset_id",
     )
     start: Literal["calibrated", "zero"] = Field(
         default="calibrated",
@@ -210,6 +217,13 @@ class InitializationSpec(Frozen):
             return {f"datasets[{index}].": dataset for index, dataset in enumerate(self.datasets)}
         assert self.dataset_id is not None
         return {"": TrainingDataset(dataset_id=self.dataset_id, objectives=self.objectives)}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_direction_that_is_left_out(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "direction" not in fields and fields.get("method", "gradient") == "gradient":
+            return {**fields, "direction": default_direction(fields)} if fields.get("retain_dataset_id") else fields
+        return fields
 
     @model_validator(mode="after")
     def _it_is_made_from_one_dataset_or_several(self) -> "InitializationSpec":
@@ -268,6 +282,10 @@ class InitializationSpec(Frozen):
             raise ValueError("retain_dataset_id: with start zero there is no step that it could restrain")
         if self.rounds > 1:
             raise ValueError("retain_dataset_id: it restrains a single step; leave out rounds")
+        if self.direction == "orthogonalized":
+            raise ValueError(
+                "direction: an orthogonalized step cannot be restrained; leave out retain_dataset_id or it"
+            )
         if self.whitening is not None:
             raise ValueError("retain_dataset_id: it cannot be combined with whitening; leave out one of them")
         return self

@@ -18,7 +18,15 @@ from d2lora.claims import Stage, StoredDataset, stored_dataset
 from d2lora.database import now, open_engine, reading, writing
 from d2lora.datasets import Dataset
 from d2lora.errors import Conflict, IdempotencyMismatch, NotFound
-from d2lora.initializations import Frozen, Initialization, InitializationSpec, Phase, Progress, State
+from d2lora.initializations import (
+    Frozen,
+    Initialization,
+    InitializationSpec,
+    Phase,
+    Progress,
+    State,
+    default_direction,
+)
 from d2lora.kept_statistics import KeptStatistics
 from d2lora.leases import Leases
 from d2lora.outbox import Outbox
@@ -253,7 +261,10 @@ def _digest(spec: InitializationSpec) -> str:
     """Return the digest of a request, by which an idempotency key knows it again."""
     # Without defaults, so that fields of a later version leave the digest of an earlier request as it was; but of what
     # kind an object is, is a default of its class.
-    named = {"request": spec.model_dump(mode="json", exclude_defaults=True), "kinds": _kinds(spec.model_dump())}
+    request = spec.model_dump(mode="json", exclude_defaults=True)
+    if request.get("direction") == default_direction(request):
+        del request["direction"]
+    named = {"request": request, "kinds": _kinds(spec.model_dump())}
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 

@@ -235,13 +235,11 @@ def adapter_from(
         directions = leave_one_out_directions(passes, products, spec, on_progress)
 
         search = partial(calibrate, asked, mixture, on_progress=on_progress)
+        directions = [steps_of(one, spec) for one in directions]
         if restraint is None:
-            directions = [steps_of(one, spec) for one in directions]
             calibration = search(directions)
         else:
-            outcome = restrain(
-                direction, directions, search, restraint, rank=spec.lora.r, steps=partial(steps_of, spec=spec)
-            )
+            outcome = restrain(direction, directions, search, restraint, rank=spec.lora.r)
             calibration, direction, retained = outcome.calibration, outcome.direction, outcome.retained
     direction, allocation = cut_to_ranks(direction, spec.lora)
     direction = steps_of(direction, spec)

@@ -9,7 +9,7 @@ Shape legend
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -181,23 +181,17 @@ def restrain(
     restraint: Restraint,
     *,
     rank: int,
-    steps: Callable[[Direction], Direction] = lambda direction: direction,
 ) -> Restrained:
     """Return the step that lowers the task's loss most among those that keep general text's within the tolerance.
 
     ``leading`` is what the rank-r direction is made of, from all rows; ``others[f]`` the same without fold f, which
     ``calibrate`` scores. Stronger restraint is tried only while the best step breaks the tolerance: a step that
-    keeps it from the first is the plain one. ``steps`` makes of a restrained direction the step along it.
+    keeps it from the first is the plain one.
     """
     text, tolerance = restraint.text, restraint.tolerance
     tried: list[_Tried] = []
     for strength in STRENGTHS:
-        nu = strength / text.scale
-
-        def restrained_step(one: Direction, nu: float = nu) -> Direction:
-            return steps({name: restrained(layer, text.spectra[name], nu, rank) for name, layer in one.items()})
-
-        tried.append(_search(nu, restrained_step(leading), map(restrained_step, others), calibrate, restraint))
+        tried.append(_search(leading, others, calibrate, restraint, strength / text.scale, rank))
         if not tried[-1].bound:
             break
     unrestrained = next(iter(tried[0].rises.values()), 0.0)
@@ -241,15 +235,21 @@ class _Tried:
 
 
 def _search(
-    nu: float, direction: Direction, others: Iterable[Direction], calibrate: Search, restraint: Restraint
+    leading: Direction,
+    others: Sequence[Direction],
+    calibrate: Search,
+    restraint: Restraint,
+    nu: float,
+    rank: int,
 ) -> _Tried:
+    direction = _all_restrained(leading, restraint.text, nu, rank)
     rises: dict[float, float] = {}
 
     def keeps(eta: float) -> bool:
         rises[eta] = restraint.change(direction, eta)
         return rises[eta] <= restraint.tolerance
 
-    calibration = calibrate(list(others), keeps=keeps)
+    calibration = calibrate([_all_restrained(other, restraint.text, nu, rank) for other in others], keeps=keeps)
     return _Tried(nu, direction, calibration, rises, any(rise > restraint.tolerance for rise in rises.values()))
 
 
@@ -285,6 +285,10 @@ def restraint_from(
         return _loss(stepped) - text.loss
 
     return Restraint(text, change, TOLERANCE if spec.retain_tolerance is None else spec.retain_tolerance)
+
+
+def _all_restrained(leading: Direction, text: GeneralText, nu: float, rank: int) -> dict[str, LowRank]:
+    return {name: restrained(layer, text.spectra[name], nu, rank) for name, layer in leading.items()}
 
 
 def _loss(scores: Scores) -> float:

@@ -400,6 +400,18 @@ def test_a_request_of_the_time_before_directions_means_the_gradients_own(store, 
     assert claim(store).spec.direction == meant
 
 
+@pytest.mark.parametrize("more", [{}, {"retain_dataset_id": "ds_1"}])
+def test_a_request_is_the_same_whether_it_names_the_direction_that_it_would_get_or_not(store, spec, more):
+    plain = InitializationSpec(**spec.model_dump(include={"base_model", "dataset_id"}), **more)
+    named = InitializationSpec(**plain.model_dump(include={"base_model", "dataset_id", "direction"}), **more)
+    job, _ = store.create("acme", plain, idempotency_key="k")
+
+    assert store.create("acme", named, idempotency_key="k") == (job, False)
+    if not more:
+        with pytest.raises(IdempotencyMismatch):
+            store.create("acme", named.model_copy(update={"direction": "gradient"}), idempotency_key="k")
+
+
 def test_racing_requests_with_one_key_make_one_job(database, store, spec):
     made, errors = set(), []
 

@@ -8,8 +8,6 @@ from tests.support.models import tiny_gpt2, tiny_llama
 from tests.support.reference import dpo_loss, orpo_loss, sft_loss, weight_gradients
 from tests.unit.worker.test_pipeline import build, learnable_rows, updates
 from tests.unit.worker.test_ranks import BUDGET
-from tests.unit.worker.test_retaining import build as build_retaining
-from tests.unit.worker.test_retaining import text_rows
 from worker import pipeline
 from worker.low_rank import LowRank
 
@@ -167,23 +165,6 @@ def test_ranks_are_chosen_by_the_gradients_values_and_all_directions_step_alike(
         assert layer.step.max() == layer.step.min() > 0
 
 
-def test_a_restrained_step_has_one_length_too(tmp_path, monkeypatch):
-    rows = learnable_rows(24, paired=False)
-    plain = build(rows, tmp_path / "plain")
-    loose = build_retaining(rows, tmp_path, retain=text_rows(16), retain_tolerance=1.0)
-    monkeypatch.setattr("worker.retaining.STRENGTHS", (100.0,))
-
-    bound = build_retaining(rows, tmp_path, retain=text_rows(16), retain_tolerance=1.0)
-
-    assert loose.eta == plain.eta > 0
-    assert bound.eta > 0
-    for name, update in updates(loose).items():
-        assert torch.equal(update, updates(plain)[name]), name
-        values = torch.linalg.svdvals(updates(bound)[name].double())[:4]
-        assert values.max() < 1.0001 * values.min(), name
-        assert (updates(bound)[name] - update).norm() > 0.01 * update.norm(), name
-
-
 def test_a_whitened_step_has_one_length_too(tmp_path):
     built = build(learnable_rows(24, paired=False), tmp_path, whitening={}, start="calibrated")
 
@@ -194,11 +175,15 @@ def test_a_whitened_step_has_one_length_too(tmp_path):
         assert built.direction[name].descent > 0, name
 
 
-def test_orthogonalized_is_the_default_and_other_methods_do_not_take_it():
+def test_orthogonalized_is_the_default_but_beside_retain_rows_and_other_methods_do_not_take_it():
     request = {"base_model": "tiny", "dataset_id": "ds", "lora": LoraSpec(r=4)}
+    retaining = {**request, "retain_dataset_id": "general"}
 
     assert InitializationSpec(**request).direction == "orthogonalized"
     assert InitializationSpec(**request, direction="gradient").direction == "gradient"
+    assert InitializationSpec(**retaining).direction == "gradient"
+    with pytest.raises(ValueError, match="direction: an orthogonalized step cannot be restrained"):
+        InitializationSpec(**retaining, direction="orthogonalized")
     with pytest.raises(ValueError, match="direction: not used by method pissa"):
         InitializationSpec(**request, direction="gradient", method="pissa")
     warmup = {"type": "warmup", "warmup_dataset_id": "general", "from": "gradient"}

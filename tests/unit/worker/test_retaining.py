@@ -308,9 +308,7 @@ def test_the_report_has_the_loss_of_the_delivered_adapter_on_the_held_out_rows(t
 def test_a_tolerance_that_no_step_keeps_gives_the_zero_start(tmp_path, monkeypatch):
     monkeypatch.setattr("worker.retaining.STRENGTHS", STRENGTHS[:1])
 
-    rows = learnable_rows(24, paired=False)
-
-    built = build(rows, tmp_path, retain=text_rows(16), retain_tolerance=0.0, direction="gradient")
+    built = build(learnable_rows(24, paired=False), tmp_path, retain=text_rows(16), retain_tolerance=0.0)
 
     assert built.eta == 0.0
     assert "retain rows" in built.reason
