@@ -255,7 +255,7 @@ def _rounds_report(built: BuiltAdapter) -> RoundsReport | None:
                 weights=named(one.mixture.weights),
                 calibration=_calibration_report(
                     one.calibration,
-                    folds=built.folds,
+                    folds=built.further.folds,
                     rows=max(measured.rows for measured in one.held_out.values()),
                 ),
                 held_out=one.held_out,

@@ -1,12 +1,12 @@
 """Further rounds: the statistics again at the adapter just built, and a further step (docs/method.md, section 7).
 
-A held-out row must not shape the adapter that it is scored under, so every fold has a point of its own, which the other
-folds have led to, and gathers these folds' gradients there: F passes for a round over F folds, one of them at the
-delivered point.
+A held-out row must not shape the adapter that it is scored under, so every fold that judges has a point of its own,
+which the other folds have led to, and gathers these folds' gradients there. As few of the F folds judge as have
+`JUDGING_ROWS` together: with J of them a round takes 1 + J (F - 1) / F passes, one of them at the delivered point.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -39,6 +39,9 @@ from worker.sketch_files import load as load_statistics
 from worker.statistics import Statistics, gather
 from worker.units import OnProgress
 
+JUDGING_ROWS = 64
+"""Rows that judge a further round, if there are so many; more of them would cost a pass per fold."""
+
 DirectionOf = Callable[[Statistics, tuple[Basis, ...]], tuple[Mixture, Direction]]
 """Combines the objectives of one pass's sums, and cuts to rank r; NumericalFailure if there is no direction."""
 
@@ -61,6 +64,8 @@ class Rounds:
     rounds: list[Round]
     point: Point
     """Where the last accepted step led."""
+    folds: int
+    """How many of the folds judged."""
     stopped: str
     """Why there is no further round."""
 
@@ -89,10 +94,13 @@ def further_rounds(
 ) -> Rounds:
     """Return the rounds after the first, which led to ``point`` and, without the rows of fold f, to the f-th other."""
     objectives, base, rank = around.objectives, around.base, around.spec.lora.r
-    folds = len(leave_one_out)
+    folds = judging_folds(around.held, objectives)
+    around, leave_one_out = replace(around, held=around.held[:folds]), leave_one_out[:folds]
     sizes = [len(batch.rows) for fold in around.held for batch, _ in fold]
     scorings = EVALUATIONS + (folds - 1 if needs_mismatches(objectives) else 0)
-    per_round = folds * sum(len(batch.rows) for batch, _ in around.scored) + scorings * sum(sizes)
+    left_out = [None, *range(folds)]
+    passed = sum(len(batch.rows) for fold in left_out for batch, _ in around.scored if batch.fold != fold)
+    per_round = passed + scorings * sum(sizes)
     before_any = (2 if needs_mismatches(objectives) else 1) * sum(sizes)
     count = PhaseCounter(Phase.ROUNDS, before_any + (around.spec.rounds - 1) * per_round, on_progress)
     reference = _reference(around, count)
@@ -123,7 +131,7 @@ def further_rounds(
             mixture, direction = _direction_at(around, point, None, reference, count)
             own = [_direction_at(around, one, fold, reference, count)[1] for fold, one in enumerate(points)]
         except NumericalFailure as failure:
-            return Rounds(rounds, point, f"round {number}: {failure}")
+            return Rounds(rounds, point, folds, f"round {number}: {failure}")
         calibration, after = _line_search(around, mixture, points, own, before, flat, scores_at)
         if accepted := calibration.accepted:
             before = after
@@ -132,8 +140,23 @@ def further_rounds(
         rounds.append(Round(mixture, calibration, _held_out(objectives, flat, before)))
         count.up_to(before_any + (number - 1) * per_round)
         if not accepted:
-            return Rounds(rounds, point, f"round {number}: {calibration.reason}")
-    return Rounds(rounds, point, "all rounds that were asked for were accepted")
+            return Rounds(rounds, point, folds, f"round {number}: {calibration.reason}")
+    return Rounds(rounds, point, folds, "all rounds that were asked for were accepted")
+
+
+def judging_folds(held: Held, objectives: Sequence[Objective]) -> int:
+    """Return how many folds judge further rounds: as few as have rows enough, and all where these need each other.
+
+    KTO's reference point at a fold's own point is the mean over the rows of the other folds.
+    """
+    if needs_mismatches(objectives):
+        return len(held)
+    rows = 0
+    for folds, fold in enumerate(held, start=1):
+        rows += sum(len(batch.rows) for batch, _ in fold)
+        if rows >= JUDGING_ROWS:
+            return folds
+    return len(held)
 
 
 def _line_search(

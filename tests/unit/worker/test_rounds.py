@@ -313,6 +313,48 @@ def test_no_held_out_row_has_shaped_the_adapter_it_is_scored_under(tmp_path, mon
         assert all(folds == {fold} for folds in matching)
 
 
+@pytest.mark.parametrize(("rows", "folds"), [(1, 1), (6, 1), (7, 2), (12, 2), (13, 3), (24, 4), (25, 4)])
+def test_as_few_folds_judge_as_have_rows_enough(tmp_path, monkeypatch, rows, folds):
+    monkeypatch.setattr(rounds, "JUDGING_ROWS", rows)
+    passes = []
+    real = rounds.gather
+
+    def watched(base, targets, layers, batches, *arguments, **options):
+        passes.append({batch.fold for batch in batches})
+        return real(base, targets, layers, batches, *arguments, **options)
+
+    monkeypatch.setattr(rounds, "gather", watched)
+
+    built = build(learnable_rows(24), tmp_path, rounds=2)
+
+    every = {0, 1, 2, 3}
+    assert passes == [every] + [every - {fold} for fold in range(folds)]
+    (only,) = built.further.rounds
+    assert built.further.folds == folds
+    assert only.calibration.accepted
+    assert only.held_out["sft"].rows == 6 * folds
+    assert only.held_out["sft"].adapter < only.held_out["sft"].base
+
+
+def test_all_folds_judge_where_rows_have_labels(tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds, "JUDGING_ROWS", 1)
+
+    built = build(labels_of(learnable_rows(16)), tmp_path, rounds=2)
+
+    assert built.further.folds == 4
+
+
+def test_the_delivered_point_is_the_same_whoever_judges_it_but_for_its_size(tmp_path, monkeypatch):
+    """The direction at the delivered adapter is from all rows either way."""
+    whole = build(learnable_rows(24), tmp_path / "all", rounds=2)
+    monkeypatch.setattr(rounds, "JUDGING_ROWS", 1)
+
+    judged = build(learnable_rows(24), tmp_path / "one", rounds=2)
+
+    norms = [one.further.rounds[0].mixture.norms for one in (whole, judged)]
+    assert torch.equal(*norms)
+
+
 def test_a_round_that_held_out_rows_do_not_support_is_not_delivered(in_rounds, tmp_path, monkeypatch):
     monkeypatch.setattr(rounds, "trial", lambda eta, objectives, *_, **__: rounds.failed_trial(eta, objectives))
 
