@@ -168,6 +168,11 @@ class InitializationSpec(Frozen):
         "directions, and the less far the larger the rows' own gradients are; gradient: as far as the gradient has it, "
         "which is the default beside retain_dataset_id",
     )
+    lora_a_scale: Literal["rows", "outputs"] = Field(
+        default="rows",
+        description="what of lora_A is as large as with PEFT's default start; rows: its rows; outputs: its outputs on "
+        "the dataset, layer by layer, for learning rates that suit LoRA; the update is the same",
+    )
     start: Literal["calibrated", "zero"] = Field(
         default="calibrated",
         description="calibrated: a step as large as held-out rows support, and the zero start where they support none; "
@@ -282,7 +287,7 @@ class InitializationSpec(Frozen):
             raise ValueError("retain_dataset_id: with start zero there is no step that it could restrain")
         if self.rounds > 1:
             raise ValueError("retain_dataset_id: it restrains a single step; leave out rounds")
-        if self.direction == "orthogonalized":
+        if self.method == "gradient" and self.direction == "orthogonalized":
             raise ValueError(
                 "direction: an orthogonalized step cannot be restrained; leave out retain_dataset_id or it"
             )
@@ -344,6 +349,7 @@ _GRADIENT_ONLY = {
     "retain_dataset_id",
     "retain_tolerance",
     "direction",
+    "lora_a_scale",
     "start",
     "statistics",
     "second_pass_above",

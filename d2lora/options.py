@@ -55,6 +55,12 @@ _OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(help="orthogonalized or gradient: how far to step along singular directions (default: the first)"),
     ],
+    "lora_a_scale": Annotated[
+        str | None,
+        typer.Option(
+            help="rows or outputs: what of lora_A is as large as PEFT's; outputs suit LoRA's rates (default: rows)"
+        ),
+    ],
     "start": Annotated[str | None, typer.Option(help="calibrated or zero (default: calibrated)")],
     "statistics": Annotated[str | None, typer.Option(help="sketch or exact (default: sketch)")],
     "second_pass_above": Annotated[

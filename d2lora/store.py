@@ -251,9 +251,13 @@ class Store:
             return row.prefix
 
 
+_OFF: tuple[tuple[str, object], ...] = (("rounds", 1), ("keep_statistics", False), ("lora_a_scale", "rows"))
+"""Options that a stored request leaves out while they are off."""
+
+
 def _stored(spec: InitializationSpec) -> dict[str, Any]:
     """Return a request with its defaults, but for options that are off: a worker of an earlier version lacks them."""
-    off = {name for name, value in (("rounds", 1), ("keep_statistics", False)) if getattr(spec, name) == value}
+    off = {name for name, value in _OFF if getattr(spec, name) == value}
     return spec.model_dump(mode="json", exclude_none=True, exclude=off)
 
 

@@ -27,6 +27,7 @@ from worker.failures import translated_errors
 from worker.gathering import tokens_per_batch
 from worker.model_cache import Loader
 from worker.objectives import resolve_objectives
+from worker.output_scale import scaled_as_asked
 from worker.peft_initialization import initialize_by_peft
 from worker.pipeline import BuiltAdapter, adapter_from, build_adapter
 from worker.rebuilding import Rebuild, complete, keep_pass, kept_for, load_same, plan_rebuild
@@ -258,6 +259,7 @@ def _deliver(
     clock: Clock,
 ) -> Result:
     """Evaluate the adapter and write its files."""
+    built = scaled_as_asked(built, subject, spec)
     measured = measure(subject, spec, built.factors, built.objectives, evaluation, settings=settings, clock=clock)
     clock(Phase.PUBLISHING, 0, 1)
     report = make_gradient_report(subject, spec, rows, built, measured, shards=shards, seconds=clock.seconds())

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from d2lora.datasets import DatasetFile, read_rows
@@ -22,6 +22,7 @@ from worker.joint_evidence import collection_report, folders_of, joint_report, o
 from worker.model_cache import Loader
 from worker.models import BaseModel
 from worker.objectives import resolve_objectives
+from worker.output_scale import scaled_as_asked
 from worker.shard_files import sha256
 from worker.subject import Subject, length_limit, load_subject
 from worker.units import OnProgress
@@ -97,6 +98,7 @@ def initialize_jointly(
             directory=Path(directory),
             on_progress=clock,
         )
+    joint = replace(joint, adapters=[scaled_as_asked(built, subject, spec) for built in joint.adapters])
     measured = _measure(subject, spec, joint, held, settings=settings, clock=clock)
     clock(Phase.PUBLISHING, 0, 1)
     if spec.adapters is None:

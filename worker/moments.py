@@ -12,12 +12,18 @@ References:
         2017. arXiv:1706.05736
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from worker.batches import Batch
+from worker.halving import in_halves
+from worker.models import BaseModel
 
 _NEGLIGIBLE = 1e-6
 """Eigenvalues of the sketch below this share of the largest are rounding errors of float32 sums."""
@@ -104,3 +110,47 @@ class Moment:
         left_over = size - len(values)
         rest = max(0.0, trace - values.sum().item()) / left_over if left_over else 0.0
         return Spectrum(vectors, values, rest)
+
+
+def add_inputs(base: BaseModel, targets: Mapping[str, nn.Module], moments: Mapping[str, Moment], batch: Batch) -> None:
+    """Add every layer's inputs at the batch's tokens to its moment, by a forward pass.
+
+    Raises:
+        OutOfMemory: a single row does not fit; more than one are taken in halves.
+    """
+
+    def run(part: Batch, done: set[str]) -> None:
+        with torch.no_grad(), _inputs_added(targets, moments, part.attention_mask.bool(), done):
+            base.hidden_states(part.input_ids, part.attention_mask)
+
+    for _ in in_halves(base, batch, run):
+        pass
+
+
+@contextmanager
+def _inputs_added(
+    targets: Mapping[str, nn.Module], moments: Mapping[str, Moment], present: Bool[Tensor, "S T"], done: set[str]
+) -> Iterator[None]:
+    """Add the inputs of the targets at ``present`` tokens to their moments while the block runs, but of those done."""
+    skip = frozenset(done)
+
+    def hook_for(name: str) -> Any:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if name in skip:
+                return
+            (inputs,) = arguments[:1]
+            part = Moment.empty(moments[name].test)
+            part.add(inputs[present.to(inputs.device)])
+            # All of it or, if memory has run out by now, nothing.
+            moments[name].products += part.products
+            moments[name].trace += part.trace
+            done.add(name)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in targets.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -87,6 +87,8 @@ class BuiltAdapter:
     """What general text loses, if the request asks to retain any."""
     allocation: Allocation | None = None
     """Where layers have ranks of their own."""
+    sample: Sequence[Batch] = ()
+    """A few of the rows, those that the line search tries steps on."""
 
 
 def build_adapter(
@@ -263,6 +265,7 @@ def adapter_from(
         leave_one_out=directions if spec.rounds > 1 else [],
         retained=retained,
         allocation=allocation,
+        sample=[batch for one in asked for fold in one.parted()[0].held for batch, _ in fold],
     )
 
 

@@ -9,13 +9,11 @@ Shape legend
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from d2lora.errors import DatasetInvalid, NumericalFailure
@@ -24,12 +22,11 @@ from worker.batches import Batch, assign_folds, distinct_rows, make_batches
 from worker.calibration import calibration_batches, score_step
 from worker.data import Example, needed
 from worker.factors import Direction
-from worker.halving import in_halves
 from worker.line_search import Calibration
 from worker.low_rank import LowRank
 from worker.matrices import TestMatrices
 from worker.models import BaseModel, layer_sizes
-from worker.moments import Moment, Spectrum
+from worker.moments import Moment, Spectrum, add_inputs
 from worker.objectives import Scores, row_losses, rows_measured
 from worker.progress import PhaseCounter
 from worker.statistics import score
@@ -142,21 +139,6 @@ def general_text(
         held,
         Scores.concatenate(scores),
     )
-
-
-def add_inputs(base: BaseModel, targets: Mapping[str, nn.Module], moments: Mapping[str, Moment], batch: Batch) -> None:
-    """Add every layer's inputs at the batch's tokens to its moment, by a forward pass.
-
-    Raises:
-        OutOfMemory: a single row does not fit; more than one are taken in halves.
-    """
-
-    def run(part: Batch, done: set[str]) -> None:
-        with torch.no_grad(), _inputs_added(targets, moments, part.attention_mask.bool(), done):
-            base.hidden_states(part.input_ids, part.attention_mask)
-
-    for _ in in_halves(base, batch, run):
-        pass
 
 
 def restrained(leading: LowRank, spectrum: Spectrum, nu: float, rank: int) -> LowRank:
@@ -308,32 +290,3 @@ def _empty(module: nn.Module, spec: InitializationSpec, matrices: TestMatrices) 
 def _mean(spectrum: Spectrum, tokens: int) -> Spectrum:
     """Return the spectrum of the mean over tokens, on the host, where all layers' wait until factors are made."""
     return Spectrum(spectrum.vectors.float().cpu(), spectrum.values.cpu() / tokens, spectrum.rest / tokens)
-
-
-@contextmanager
-def _inputs_added(
-    targets: Mapping[str, nn.Module], moments: Mapping[str, Moment], present: Bool[Tensor, "S T"], done: set[str]
-) -> Iterator[None]:
-    """Add the inputs of the targets at ``present`` tokens to their moments while the block runs, but of those done."""
-    skip = frozenset(done)
-
-    def hook_for(name: str) -> Any:
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            if name in skip:
-                return
-            (inputs,) = arguments[:1]
-            part = Moment.empty(moments[name].test)
-            part.add(inputs[present.to(inputs.device)])
-            # All of it or, if memory has run out by now, nothing.
-            moments[name].products += part.products
-            moments[name].trace += part.trace
-            done.add(name)
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in targets.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -18,9 +18,9 @@ from worker.line_search import Calibration, Change, Trial
 from worker.low_rank import LowRank
 from worker.matrices import Shape, TestMatrices
 from worker.models import layer_sizes
-from worker.moments import Moment, Spectrum
+from worker.moments import Moment, Spectrum, add_inputs
 from worker.pipeline import build_adapter
-from worker.retaining import STRENGTHS, GeneralText, Restraint, add_inputs, restrain, restrained, restraint_from
+from worker.retaining import STRENGTHS, GeneralText, Restraint, restrain, restrained, restraint_from
 from worker.sketching import Sketch
 from worker.statistics import score
 from worker.targets import lora_config, resolve_targets
@@ -264,7 +264,7 @@ def build(rows, directory, *, retain=None, **changes):
 def test_a_tolerance_that_does_not_bind_leaves_the_plain_step_bit_for_bit(tmp_path, statistics):
     rows = learnable_rows(24, paired=False)
 
-    plain = build(rows, tmp_path / "plain", statistics=statistics)
+    plain = build(rows, tmp_path / "plain", statistics=statistics, direction="gradient")
     loose = build(rows, tmp_path / "loose", statistics=statistics, retain=text_rows(16), retain_tolerance=100.0)
 
     assert plain.eta == loose.eta > 0
