@@ -31,7 +31,7 @@ from d2lora.initializations import (
 from d2lora.methods import Gaussian, Kaiming
 from d2lora.roles import FIELDS, Role, with_dataset_ids
 from d2lora.settings import DatabaseSettings
-from d2lora.store import Store
+from d2lora.store import Store, _digest
 from d2lora.tables import InitializationRow, Table
 from tests.conformance.conftest import add_dataset
 
@@ -411,6 +411,18 @@ def test_a_request_is_the_same_whether_it_names_the_direction_that_it_would_get_
     if not more:
         with pytest.raises(IdempotencyMismatch):
             store.create("acme", named.model_copy(update={"direction": "gradient"}), idempotency_key="k")
+
+
+@pytest.mark.parametrize(
+    ("more", "digest"),
+    [
+        ({}, "650f86aa7b7067a010a5711493b051267d48e28ddd3689ab265f727ecc913618"),
+        ({"retain_dataset_id": "ds_2"}, "ab6ec0470e333715d7a602d869107b836a68c223fe1d753b5e927b06adb02cff"),
+    ],
+)
+def test_a_key_from_before_there_was_a_direction_still_finds_its_job(more, digest):
+    """These are what the version without that field has stored for these requests."""
+    assert _digest(InitializationSpec(base_model="some/model", dataset_id="ds_1", **more)) == digest
 
 
 def test_racing_requests_with_one_key_make_one_job(database, store, spec):
