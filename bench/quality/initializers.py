@@ -25,6 +25,7 @@ INITIALIZERS: dict[str, Initializer] = {
     "ours_zero": ours.ours_zero,
     "ours_calibrated": ours.ours_calibrated,
     "ours_gradient": ours.ours_gradient,
+    "ours_outputs": ours.ours_outputs,
     "ours_whitened": ours.ours_whitened,
     "ours_rounds": ours.ours_rounds,
     "ours_ranks": ours.ours_ranks,

@@ -39,6 +39,11 @@ def ours_gradient(work: Work) -> Start:
     return _ours(work, direction="gradient")
 
 
+def ours_outputs(work: Work) -> Start:
+    """The same update with lora_A so long that its outputs are as large as those of PEFT's default start."""
+    return _ours(work, lora_a_scale="outputs")
+
+
 def ours_whitened(work: Work) -> Start:
     """The same from gradients that are whitened by their inputs' second moment."""
     return _ours(work, whitening=Whitening())
