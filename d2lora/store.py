@@ -18,15 +18,8 @@ from d2lora.claims import Stage, StoredDataset, stored_dataset
 from d2lora.database import now, open_engine, reading, writing
 from d2lora.datasets import Dataset
 from d2lora.errors import Conflict, IdempotencyMismatch, NotFound
-from d2lora.initializations import (
-    Frozen,
-    Initialization,
-    InitializationSpec,
-    Phase,
-    Progress,
-    State,
-    default_direction,
-)
+from d2lora.initialization_spec import default_direction
+from d2lora.initializations import Frozen, Initialization, InitializationSpec, Phase, Progress, State
 from d2lora.kept_statistics import KeptStatistics
 from d2lora.leases import Leases
 from d2lora.outbox import Outbox
