@@ -24,6 +24,7 @@ INITIALIZERS: dict[str, Initializer] = {
     "random_matched": ours.random_matched,
     "ours_zero": ours.ours_zero,
     "ours_calibrated": ours.ours_calibrated,
+    "ours_alone": ours.ours_alone,
     "ours_gradient": ours.ours_gradient,
     "ours_outputs": ours.ours_outputs,
     "ours_whitened": ours.ours_whitened,

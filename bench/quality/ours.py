@@ -34,6 +34,14 @@ def ours_calibrated(work: Work) -> Start:
     return _ours(work)
 
 
+def ours_alone(work: Work) -> Start:
+    """The same for the objective alone that training is for, where rows with chosen and rejected allow three."""
+    trained: dict[str, Any] = {"type": work.trainer}
+    if work.trainer != "sft":
+        trained["beta"] = work.protocol.beta
+    return _ours(work, objectives=[trained])
+
+
 def ours_gradient(work: Work) -> Start:
     """The same along the gradient itself, whose singular values differ."""
     return _ours(work, direction="gradient")
