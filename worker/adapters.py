@@ -10,8 +10,9 @@ from safetensors.torch import save
 
 from d2lora.initializations import ResultFile
 from worker.factors import Factors
+from worker.model_card import model_card
 from worker.rank_patterns import with_ranks
-from worker.report import Report, model_card
+from worker.report import Report
 
 MANIFEST = "manifest.json"
 

@@ -111,6 +111,9 @@ def test_the_files_hold_the_same_function_with_another_lora_a(base_model, tmp_pa
     held_out = [result.summary.held_out for result in results.values()]
     assert held_out[0] == held_out[1]
     assert results["rows"].summary.fingerprint != results["outputs"].summary.fingerprint
+    cards = {scale: (tmp_path / scale / "README.md").read_text() for scale in results}
+    assert "Learning rates that suit LoRA's default start suit this one" in cards["outputs"]
+    assert "Begin with a smaller learning rate than suits LoRA's default start" in cards["rows"]
 
 
 def test_adapters_of_several_datasets_have_it_too(base_model, plain, pairs, tmp_path):  # noqa: F811

@@ -234,6 +234,7 @@ def test_training_as_the_model_card_says_is_training_as_peft_does(base_model, da
     )
     start = logits_of(model)
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "learning rate" not in card.lower()
     (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "register_hook" in code]
     exec(snippet, {"model": model})
 
