@@ -116,10 +116,10 @@ class InitializationSpec(Frozen):
         "directions, and the less far the larger the rows' own gradients are; gradient: as far as the gradient has it, "
         "which is the default beside retain_dataset_id",
     )
-    lora_a_scale: Literal["rows", "outputs"] = Field(
-        default="rows",
-        description="what of lora_A is as large as with PEFT's default start; rows: its rows; outputs: its outputs on "
-        "the dataset, layer by layer, for learning rates that suit LoRA; the update is the same",
+    lora_a_scale: Literal["outputs", "rows"] = Field(
+        default="outputs",
+        description="what of lora_A is as large as with PEFT's default start; outputs: its outputs on the dataset, in "
+        "each layer, so that learning rates which suit LoRA suit this; rows: its rows; the update is the same",
     )
     start: Literal["calibrated", "zero"] = Field(
         default="calibrated",

@@ -58,7 +58,7 @@ _OPTIONS: dict[str, Any] = {
     "lora_a_scale": Annotated[
         str | None,
         typer.Option(
-            help="rows or outputs: what of lora_A is as large as PEFT's; outputs suit LoRA's rates (default: rows)"
+            help="outputs or rows: what of lora_A is as large as PEFT's; outputs suit LoRA's rates (default: outputs)"
         ),
     ],
     "start": Annotated[str | None, typer.Option(help="calibrated or zero (default: calibrated)")],

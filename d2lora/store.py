@@ -244,7 +244,7 @@ class Store:
             return row.prefix
 
 
-_OFF: tuple[tuple[str, object], ...] = (("rounds", 1), ("keep_statistics", False), ("lora_a_scale", "rows"))
+_OFF: tuple[tuple[str, object], ...] = (("rounds", 1), ("keep_statistics", False))
 """Options that a stored request leaves out while they are off."""
 
 

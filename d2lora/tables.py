@@ -120,9 +120,13 @@ class InitializationRow(Table):
 
     @property
     def request(self) -> dict[str, Any]:
-        """The request as it was meant: one of the time before there was ``direction`` was for the gradient's own."""
-        ours = "start" in self.spec  # requests for methods that take no step have neither
-        return {"direction": "gradient", **self.spec} if ours else self.spec
+        """The request as it was meant before later versions: the gradient's own direction, lora_A's rows as PEFT's."""
+        meant: dict[str, Any] = {}
+        if "start" in self.spec:  # requests for methods that take no step have no direction
+            meant["direction"] = "gradient"
+        if self.spec.get("method", "gradient") == "gradient":
+            meant["lora_a_scale"] = "rows"
+        return {**meant, **self.spec}
 
 
 class ShardRow(Table):

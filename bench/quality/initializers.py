@@ -26,7 +26,7 @@ INITIALIZERS: dict[str, Initializer] = {
     "ours_calibrated": ours.ours_calibrated,
     "ours_alone": ours.ours_alone,
     "ours_gradient": ours.ours_gradient,
-    "ours_outputs": ours.ours_outputs,
+    "ours_rows": ours.ours_rows,
     "ours_whitened": ours.ours_whitened,
     "ours_rounds": ours.ours_rounds,
     "ours_ranks": ours.ours_ranks,

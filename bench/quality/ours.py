@@ -47,9 +47,9 @@ def ours_gradient(work: Work) -> Start:
     return _ours(work, direction="gradient")
 
 
-def ours_outputs(work: Work) -> Start:
-    """The same update with lora_A so long that its outputs are as large as those of PEFT's default start."""
-    return _ours(work, lora_a_scale="outputs")
+def ours_rows(work: Work) -> Start:
+    """The same update with rows of lora_A, and not its outputs, as large as those of PEFT's default start."""
+    return _ours(work, lora_a_scale="rows")
 
 
 def ours_whitened(work: Work) -> Start:

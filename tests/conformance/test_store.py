@@ -28,7 +28,7 @@ from d2lora.initializations import (
     State,
     UpGrad,
 )
-from d2lora.methods import Gaussian, Kaiming
+from d2lora.methods import Gaussian, Kaiming, Warmup
 from d2lora.roles import FIELDS, Role, with_dataset_ids
 from d2lora.settings import DatabaseSettings
 from d2lora.store import Store, _digest
@@ -380,25 +380,32 @@ def test_a_stored_request_leaves_out_the_options_that_are_off(store, spec):
             select(InitializationRow.__table__.c.spec).where(InitializationRow.__table__.c.id == job.id)
         ).scalar_one()
     # A worker of an earlier version would refuse the job for a field that it does not know.
-    off = {"rounds", "whitening", "retain_dataset_id", "second_pass_above", "datasets", "lora_a_scale"}
+    off = {"rounds", "whitening", "retain_dataset_id", "second_pass_above", "datasets", "keep_statistics"}
     assert off.isdisjoint(stored)
     assert InitializationSpec.model_validate(stored) == spec
 
 
-@pytest.mark.parametrize(("method", "meant"), [("gradient", "gradient"), (Kaiming(), "orthogonalized")])
-def test_a_request_of_the_time_before_directions_means_the_gradients_own(store, spec, method, meant):
-    """Other methods take no direction, and a request with one could not be read."""
+@pytest.mark.parametrize(
+    ("method", "direction", "scale"),
+    [
+        ("gradient", "gradient", "rows"),
+        (Kaiming(), "orthogonalized", "outputs"),
+        (Warmup.model_validate({"warmup_dataset_id": "ds_1", "from": "gradient"}), "gradient", "outputs"),
+    ],
+)
+def test_a_request_of_the_time_before_a_field_means_what_was_done_then(store, spec, method, direction, scale):
+    """Methods that do not read a field keep its default: a request that named it could not be read."""
     asked = InitializationSpec(**spec.model_dump(include={"base_model", "dataset_id"}), method=method)
     job, _ = store.create("acme", asked)
     with store._engine.begin() as connection:
         stored = connection.execute(select(InitializationRow.spec)).scalar_one()
-        assert ("direction" in stored) == (method == "gradient")
-        old = {name: value for name, value in stored.items() if name != "direction"}
+        assert ("direction" in stored) == (direction == "gradient")
+        assert ("lora_a_scale" in stored) == (scale == "rows")
+        old = {name: value for name, value in stored.items() if name not in {"direction", "lora_a_scale"}}
         connection.execute(update(InitializationRow).values(spec=old))
 
-    assert store.get("acme", job.id).spec.direction == meant
-    assert [one.spec.direction for one in store.page("acme", limit=10)[0]] == [meant]
-    assert claim(store).spec.direction == meant
+    shown = [store.get("acme", job.id), *store.page("acme", limit=10)[0], claim(store)]
+    assert [(one.spec.direction, one.spec.lora_a_scale) for one in shown] == [(direction, scale)] * 3
 
 
 @pytest.mark.parametrize("more", [{}, {"retain_dataset_id": "ds_1"}])
