@@ -66,7 +66,7 @@ class Orpo(Frozen):
     """Negative log-likelihood plus ``beta`` times the odds-ratio loss (arXiv:2403.07691, eq. 6)."""
 
     type: Literal["orpo"] = "orpo"
-    beta: float = Field(default=0.1, gt=0, description="lambda of the paper, named as in TRL")
+    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False, description="lambda of the paper, named as in TRL")
     nll: Literal["completion", "full_sequence"] = Field(
         default="completion",
         description="which tokens of the chosen sequence the likelihood term covers; TRL's is full_sequence",

@@ -1,7 +1,6 @@
 """Objects in S3, or in a store that speaks its protocol."""
 
 import base64
-import errno
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from d2lora.errors import ChecksumMismatch, NotFound, ScratchFull, StorageFull, StorageUnavailable
+from d2lora.errors import ChecksumMismatch, NotFound, StorageFull, StorageUnavailable
+from d2lora.scratch import room_for
 from d2lora.settings import StorageSettings
 
 _ONE_REQUEST_BYTES = 64 * 2**20
@@ -58,7 +58,7 @@ class S3Storage:
         """Write an object's bytes to a file; see `ObjectStorage`."""
         digest = hashlib.sha256()
         try:
-            with _translated(key), _room_for(path), path.open("wb") as output:
+            with _translated(key), room_for(path.name), path.open("wb") as output:
                 body = self._client.get_object(Bucket=self._bucket, Key=key)["Body"]
                 for chunk in body.iter_chunks(2**20):
                     digest.update(chunk)
@@ -120,17 +120,6 @@ def _client(endpoint_url: str | None, settings: StorageSettings) -> Any:
         retries={"mode": "standard", "max_attempts": 3},
     )
     return boto3.client("s3", endpoint_url=endpoint_url, region_name=settings.region, config=config)
-
-
-@contextmanager
-def _room_for(path: Path) -> Iterator[None]:
-    """Turn a local disk that is full into our error; the store has nothing to do with it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            raise ScratchFull(f"no room left for {path.name}; free space") from error
-        raise
 
 
 @contextmanager

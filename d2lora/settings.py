@@ -18,7 +18,8 @@ QUEUES: tuple[Queue, ...] = get_args(Queue)
 
 
 def _prefix(concern: str) -> SettingsConfigDict:
-    return SettingsConfigDict(env_prefix=f"D2LORA_{concern}", frozen=True, extra="ignore")
+    # Errors leave out what was given: it may be a key or a password, and they end in logs.
+    return SettingsConfigDict(env_prefix=f"D2LORA_{concern}", frozen=True, extra="ignore", hide_input_in_errors=True)
 
 
 class DatabaseSettings(BaseSettings):

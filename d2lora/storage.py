@@ -16,7 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
-from d2lora.errors import ChecksumMismatch, NotFound, StorageFull, StorageUnavailable
+from d2lora.errors import ChecksumMismatch, NotFound, ScratchFull, StorageFull, StorageUnavailable
+from d2lora.scratch import is_full, room_for
 from d2lora.settings import StorageSettings
 
 
@@ -117,9 +118,9 @@ class LocalStorage:
         """Write an object's bytes to a file; see `ObjectStorage`."""
         with self.open(key) as source, _translated(key):
             try:
-                with path.open("wb") as output:
+                with room_for(path.name), path.open("wb") as output:
                     digest = _copy(source, output)
-            except OSError:
+            except (OSError, ScratchFull):
                 path.unlink(missing_ok=True)
                 raise
         if digest != sha256:
@@ -167,7 +168,7 @@ def _translated(key: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        if is_full(error):
             raise StorageFull(f"no room left to store {key}; free space and submit again") from error
         raise StorageUnavailable(f"the storage failed on {key}") from error
 

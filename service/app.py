@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from d2lora import __version__
+from d2lora.scratch import remove_leftovers
 from d2lora.storage import open_storage
 from d2lora.store import Store
 from service import datasets, health, initializations, limits, problems
@@ -33,6 +34,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        remove_leftovers("upload")
         with (
             Store(settings.database) as store,
             dispatching(store.outbox, app.state.storage, settings.broker, settings.dispatch) as dispatcher,

@@ -1,6 +1,7 @@
 """``/v1/datasets``: rows in, checked to the last one before anything is kept."""
 
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ from d2lora.errors import (
     StorageUnavailable,
 )
 from d2lora.initializations import Frozen
+from d2lora.scratch import is_full, scratch_directory
 from d2lora.settings import ServiceSettings
 from d2lora.storage import ObjectStorage, dataset_key
 from d2lora.store import Store, new_id
@@ -84,8 +86,8 @@ async def create_dataset(
         raise RequestInvalid("Content-Encoding: send the file as it is; compressed bodies are not taken")
     kind = format or _format_of(request)
     columns = _columns(column or [])
-    with tempfile.TemporaryDirectory(prefix="d2lora-upload-") as directory:
-        path = Path(directory) / "dataset"
+    with _room_for_uploads(), scratch_directory("upload") as directory:
+        path = directory / "dataset"
         await _receive(request, path, settings.service)
         file = DatasetFile(path, kind, columns)
         dataset = await run_in_threadpool(_keep, tenant, file, store, storage, settings.service)
@@ -132,6 +134,17 @@ def _columns(pairs: list[str]) -> dict[str, str]:
     if len(columns) < len(pairs):
         raise RequestInvalid("column: each of ours may be mapped once")
     return columns
+
+
+@contextmanager
+def _room_for_uploads() -> Iterator[None]:
+    """Turn this machine's full disk into our error; one of the storage's is that already."""
+    try:
+        yield
+    except OSError as error:
+        if is_full(error):
+            raise StorageFull("no room left to take the dataset; try again later") from error
+        raise
 
 
 async def _receive(request: Request, path: Path, settings: ServiceSettings) -> None:

@@ -1,5 +1,6 @@
 """``/v1/initializations``: a request becomes a job, and a job an adapter."""
 
+import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
@@ -41,7 +42,8 @@ _URL_LIFE = timedelta(minutes=15)
 _RETRY_AFTER_SECONDS = 2
 
 
-EventNumber = Annotated[int, Query(ge=0, description="number of the last event that was seen; 0 for all")]
+_EVENT_NUMBER = re.compile(r"[0-9]{1,9}")
+EventNumber = Annotated[int, Query(ge=0, lt=2**31, description="number of the last event that was seen; 0 for all")]
 
 
 class InitializationPage(Frozen):
@@ -207,7 +209,7 @@ async def stream_events(
 
     Events are named by their type and numbered as in `/events`; progress comes as `progress`, without a number.
     """
-    seen = int(last_event_id) if last_event_id and last_event_id.isdecimal() else 0
+    seen = int(last_event_id) if last_event_id and _EVENT_NUMBER.fullmatch(last_event_id) else 0
     progress = None
     while not request.app.state.stopping.is_set():
         initialization = await run_in_threadpool(store.get, tenant, initialization_id)

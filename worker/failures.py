@@ -1,12 +1,12 @@
 """What libraries raise when a machine gives out, as our errors."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
 from d2lora.errors import DeviceFailure, OutOfMemory, ScratchFull
+from d2lora.scratch import is_full
 from worker.devices import is_device_failure
 from worker.halving import is_out_of_memory
 
@@ -17,7 +17,7 @@ def translated_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or "os error 28" in str(error):
+        if is_full(error) or "os error 28" in str(error):
             raise ScratchFull("no room left for statistics or adapter; free space and run again") from error
         raise
     except (MemoryError, RuntimeError) as error:

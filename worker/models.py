@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from d2lora.errors import ModelNotFound, ModelUnavailable, ModelUnsupported, OutOfMemory, ScratchFull, WeightsUnsafe
 from d2lora.initializations import Quantization
 from d2lora.models import HubModel, LocalModel, locate
+from d2lora.scratch import is_full
 from worker.devices import pick_device
 from worker.loading import loading_plan
 from worker.logprobs import Head
@@ -272,7 +273,7 @@ def _translated_errors(base_model: str) -> Iterator[None]:
             raise WeightsUnsafe(f"base_model: {base_model!r} has no safetensors weights") from error
         if _is_outage(error):
             raise ModelUnavailable(f"base_model: {base_model!r} cannot be reached just now") from error
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        if is_full(error):
             raise ScratchFull(f"no room left for base_model {base_model!r}; free space") from error
         raise ModelNotFound(
             f"base_model: {base_model!r} cannot be loaded; "

@@ -14,13 +14,13 @@ from typing import Any
 from d2lora.datasets import DatasetFile
 from d2lora.initializations import InitializationSpec, Phase, Result
 from d2lora.roles import Role
+from d2lora.scratch import remove_leftovers
 from d2lora.settings import DatabaseSettings, StorageSettings, WorkerSettings
 from d2lora.shards import ShardTask
 from d2lora.storage import open_storage
 from d2lora.store import Store
 from worker.runner import Runner
 from worker.units import OnProgress, ShardFiles, ShardOutput, Share, Split
-from worker.workplace import remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class RealWork:
 def open_runner(*, stop: threading.Event) -> Iterator[Runner]:
     """Give a runner as the environment describes it."""
     settings = WorkerSettings()
-    remove_leftovers()
+    remove_leftovers("job")
     with Store(DatabaseSettings()) as store:
         yield Runner(
             store.leases,

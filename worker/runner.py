@@ -27,6 +27,7 @@ from d2lora.errors import (
 )
 from d2lora.initializations import Phase, Result
 from d2lora.leases import Leases
+from d2lora.scratch import room_for, scratch_directory
 from d2lora.settings import WorkerSettings
 from d2lora.storage import ObjectStorage, initialization_prefix
 from worker.files import Files, shard_prefix, split_prefix
@@ -34,7 +35,6 @@ from worker.publishing import publish
 from worker.sharing import Sharing
 from worker.units import ShardFiles, Split, Work
 from worker.watch import Stopped, Watch, exit_at_once
-from worker.workplace import workplace
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Runner:
         started = time.monotonic()
         watch, error = Watch(claim, self.leases, self.settings, self.stop, on_hang=self.on_hang), None
         try:
-            with workplace() as directory, watch:
+            with room_for("the files of a job"), scratch_directory("job") as directory, watch:
                 outcome = self._do(claim, Files(self.storage, directory), watch)
         except Stopped:
             outcome = self._settle_stopped(claim, watch)

@@ -21,11 +21,11 @@ from d2lora.errors import (
 )
 from d2lora.initializations import InitializationSpec, Phase, Result, ResultFile, ResultSummary, State
 from d2lora.roles import FIELDS, Role, with_dataset_ids
+from d2lora.scratch import remove_leftovers, scratch_directory
 from d2lora.settings import DatabaseSettings, WorkerSettings
 from d2lora.storage import LocalStorage, dataset_key
 from d2lora.store import Store
 from worker.runner import Runner
-from worker.workplace import remove_leftovers, workplace
 
 SETTINGS = WorkerSettings(lease_seconds=5, heartbeat_seconds=0.02, max_attempts=2)
 ROWS = b'{"text": "hello"}\n'
@@ -482,8 +482,8 @@ def test_what_a_killed_worker_left_is_removed_and_what_a_living_one_uses_is_not(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     script = """
 import time
-from worker.workplace import workplace
-with workplace() as path:
+from d2lora.scratch import scratch_directory
+with scratch_directory("job") as path:
     print(path, flush=True)
     time.sleep(60)
 """
@@ -500,8 +500,8 @@ with workplace() as path:
     (tmp_path / "something-else").mkdir()
     workers[0].kill()
     workers[0].wait()
-    with workplace() as own:
-        remove_leftovers()
+    with scratch_directory("job") as own:
+        remove_leftovers("job")
 
         assert {path.name for path in tmp_path.iterdir()} == {living.name, own.name, "something-else"}
     assert killed.name.startswith("d2lora-job-")
