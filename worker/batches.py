@@ -5,7 +5,7 @@ Shape legend
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from d2lora.supervision import Supervision, supervision_of
-from worker.data import Example
+from worker.data import Example, digest_of
 
 _BATCHES_WORTH_THE_LIMIT = 16
 """So many batches more are worth ``max_tokens`` of padding less; a pass takes some time for a batch of any size."""
@@ -70,28 +70,52 @@ class Batch:
         )
 
 
-def distinct_rows(examples: Iterable[Example]) -> int:
-    """Return how many rows are distinct, or of labeled rows those of the rarer label."""
-    return min(map(len, _by_label(examples).values()))
+def groups_of(examples: Sequence[Example], *, by_label: bool = True) -> list[str]:
+    """Return every example's group: rows that share a sequence, directly or by way of others, are of one.
+
+    A row of a group must not be held out from the others: its own completion would be among what they have taught. By
+    label, rows of different labels have no group in common.
+    """
+    above: dict[str, str] = {}
+
+    def top(name: str) -> str:
+        while above[name] != name:
+            above[name] = name = above[above[name]]
+        return name
+
+    firsts = []
+    for example in examples:
+        sequences = [one for one in (example.chosen, example.rejected) if one is not None]
+        names = [digest_of([one], example.desirable if by_label else None) for one in sequences]
+        tops = [top(above.setdefault(name, name)) for name in names]
+        above |= dict.fromkeys(tops, min(tops))  # the least, so that the order of rows changes nothing
+        firsts.append(names[0])
+    return [top(name) for name in firsts]
+
+
+def distinct_rows(examples: Sequence[Example]) -> int:
+    """Return how many groups of rows there are, or of labeled rows those of the rarer label."""
+    return min(map(len, _by_label(examples, groups_of(examples)).values()))
 
 
 def assign_folds(examples: Sequence[Example], *, folds: int, seed: int) -> list[int]:
-    """Return every example's fold: the rank of hash(seed, content) modulo the number of folds, label by label.
+    """Return every example's fold: the rank of hash(seed, group) modulo the number of folds, label by label.
 
-    Equal rows share a fold, so that no row is held out from its own copy, and the order of rows changes nothing.
+    So no row is held out from one that shares a completion with it, and the order of rows changes nothing.
     """
     fold_of: dict[str, int] = {}
-    for digests in _by_label(examples).values():
-        ranked = sorted(digests, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
-        fold_of |= {digest: rank % folds for rank, digest in enumerate(ranked)}
-    return [fold_of[example.digest] for example in examples]
+    groups = groups_of(examples)
+    for own in _by_label(examples, groups).values():
+        ranked = sorted(own, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+        fold_of |= {group: rank % folds for rank, group in enumerate(ranked)}
+    return [fold_of[group] for group in groups]
 
 
-def _by_label(examples: Iterable[Example]) -> dict[bool | None, set[str]]:
-    digests: dict[bool | None, set[str]] = {}
-    for example in examples:
-        digests.setdefault(example.desirable, set()).add(example.digest)
-    return digests
+def _by_label(examples: Sequence[Example], groups: Sequence[str]) -> dict[bool | None, set[str]]:
+    by_label: dict[bool | None, set[str]] = {}
+    for example, group in zip(examples, groups, strict=True):
+        by_label.setdefault(example.desirable, set()).add(group)
+    return by_label
 
 
 def make_batches(

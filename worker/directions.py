@@ -6,7 +6,7 @@ Shape legend
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,9 @@ from worker.report import noise_scale
 from worker.side_by_side import SideBySide
 from worker.statistics import Statistics
 from worker.units import OnProgress
+
+_ROUNDING = 1e-12
+"""Of all layers' squared norms: what a layer has below this is rounding in float32, as where its gradient is zero."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,18 @@ def combined_direction(
 
 
 def steps_of(direction: Direction, spec: InitializationSpec) -> Direction:
-    """Return the direction, cut to its ranks, with steps as the request wants them."""
+    """Return the direction, cut to its ranks, with steps as the request wants them.
+
+    Orthogonalized ones are of norm 1 over all layers, so that a step of size eta is as long for all rows as for some.
+    """
     if spec.direction == "gradient":
         return direction
-    return {name: layer.orthogonalized() for name, layer in direction.items()}
+    least = _ROUNDING * sum(layer.rows for layer in direction.values())
+    steps = {
+        name: layer.orthogonalized(layer.rows**-0.5 if layer.rows > least else 0.0) for name, layer in direction.items()
+    }
+    norm = sum(layer.step_energy for layer in steps.values()) ** 0.5 or 1.0
+    return {name: replace(layer, lengths=layer.step / norm) for name, layer in steps.items()}
 
 
 def leave_one_out_directions(

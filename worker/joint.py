@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from d2lora.initializations import InitializationSpec, Phase
 from d2lora.settings import WorkerSettings
-from worker.batches import distinct_rows, make_batches
+from worker.batches import distinct_rows, groups_of, make_batches
 from worker.calibration import alone, scorings
 from worker.combining import objective_gramian
 from worker.data import Example, needed
@@ -115,10 +115,11 @@ def _passes(
 def deal_folds(datasets: Sequence[Sequence[Example]], *, seed: int) -> list[list[int]]:
     """Return every example's fold, dataset by dataset: as many folds as leave each dataset rows of every label in each.
 
-    Rows with equal chosen sequences share a fold, across datasets too, so that none is held out from its own copy; the
-    others are dealt evenly, in an order that depends on seed and content.
+    Rows that share a sequence share a fold, across datasets too, so that none is held out from its own copy; the others
+    are dealt evenly, in an order that depends on seed and content.
     """
-    rows = [[(_content(example, seed), example.desirable) for example in examples] for examples in datasets]
+    groups = iter(groups_of([example for examples in datasets for example in examples], by_label=False))
+    rows = [[(_shuffled(next(groups), seed), example.desirable) for example in examples] for examples in datasets]
     most = min(FOLDS, *(distinct_rows(examples) for examples in datasets))
     for folds in range(most, 1, -1):
         dealt = _dealt(rows, folds)
@@ -149,7 +150,6 @@ def _everywhere(rows: Sequence[_Row], dealt: Sequence[int], folds: int) -> bool:
     return len(found) == len({label for _, label in rows}) * folds
 
 
-def _content(example: Example, seed: int) -> str:
-    """Return a digest of the seed and the chosen sequence."""
-    chosen = (example.chosen.input_ids, example.chosen.completion_mask)
-    return hashlib.sha256(f"{seed}:{chosen}".encode()).hexdigest()
+def _shuffled(group: str, seed: int) -> str:
+    """Return another name of a group, whose place in the order depends on the seed."""
+    return hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()

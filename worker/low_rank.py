@@ -71,12 +71,8 @@ class LowRank:
             lengths=None if self.lengths is None else self.lengths[:rank],
         )
 
-    def orthogonalized(self) -> "LowRank":
-        """Return the same directions with steps of one length, 1 over the root of ``rows`` (docs/method.md, section 4).
-
-        Directions that are nothing but rounding get none.
-        """
-        length = self.rows**-0.5 if self.rows > 0 else 0.0
+    def orthogonalized(self, length: float) -> "LowRank":
+        """Return the same directions with steps of one length; those that are nothing but rounding get none."""
         real = self.values > _NEGLIGIBLE * self.values[:1]
         return replace(self, lengths=torch.where(real, length, 0.0).to(self.values))
 

@@ -144,8 +144,10 @@ def build_adapter(
             checkpointing=settings.activation_checkpointing,
             on_progress=on_progress,
         )
-        direction = {**built.direction, **steps_of(better, spec)}
-        eta = step_along(direction, eta=built.eta, instead_of=built.direction)
+        direction = steps_of({**built.direction, **better}, spec)
+        # Orthogonalized steps are as long as before.
+        along_the_gradient = spec.direction == "gradient"
+        eta = step_along(direction, eta=built.eta, instead_of=built.direction) if along_the_gradient else built.eta
         factors = calibrated_step(direction, eta=eta, scaling=spec.lora.scaling)
         return replace(built, direction=direction, factors=factors, eta=eta, refined=frozenset(better))
     if spec.rounds == 1 or not built.eta:

@@ -26,7 +26,7 @@ from d2lora.errors import (
 )
 from d2lora.initializations import InitializationSpec, Objective, Sft
 from d2lora.settings import WorkerSettings
-from worker.batches import Batch, assign_folds, distinct_rows, make_batches
+from worker.batches import Batch, assign_folds, distinct_rows, groups_of, make_batches
 from worker.calibration import calibration_batches
 from worker.data import Example, needed
 from worker.directions import Pass
@@ -168,21 +168,29 @@ def plan_rebuild(
 def deal(examples: Sequence[Example], known: Mapping[str, int], *, seed: int) -> list[int]:
     """Return every example's fold: its own if it is known, else in the order of hash(seed, content) the emptiest.
 
-    Labels are dealt one by one, and a fold is begun only where every label reaches it.
+    Rows that share a sequence are dealt together. Labels are dealt one by one, and a fold is begun only where every
+    label reaches it.
+
+    Raises:
+        RequestInvalid: known rows that share a sequence, or share one with the same added row, are in different folds.
     """
-    labels: dict[bool | None, list[str]] = {}
-    for digest, label in dict.fromkeys((example.digest, example.desirable) for example in examples):
-        labels.setdefault(label, []).append(digest)
+    groups = groups_of(examples)
+    fold_of: dict[str, int] = {}
+    labels: dict[bool | None, dict[str, None]] = {}
+    for example, group in zip(examples, groups, strict=True):
+        labels.setdefault(example.desirable, {})[group] = None
+        fold = known.get(example.digest)
+        if fold is not None and fold_of.setdefault(group, fold) != fold:
+            raise _refusal("dataset_id", "rows that share a completion would be held out from each other; start anew")
     begun = 1 + max(known.values())
-    folds = min(FOLDS, *(begun + sum(digest not in known for digest in digests) for digests in labels.values()))
-    fold_of = dict(known)
-    for digests in labels.values():
-        sizes = Counter(known[digest] for digest in digests if digest in known)
-        new = [digest for digest in digests if digest not in known]
-        for digest in sorted(new, key=lambda one: hashlib.sha256(f"{seed}:{one}".encode()).digest()):
-            fold_of[digest] = min(range(max(folds, begun)), key=lambda fold: (sizes[fold], fold))
-            sizes[fold_of[digest]] += 1
-    return [fold_of[example.digest] for example in examples]
+    folds = min(FOLDS, *(begun + sum(group not in fold_of for group in own) for own in labels.values()))
+    for own in labels.values():
+        sizes = Counter(fold_of[group] for group in own if group in fold_of)
+        new = [group for group in own if group not in fold_of]
+        for group in sorted(new, key=lambda one: hashlib.sha256(f"{seed}:{one}".encode()).digest()):
+            fold_of[group] = min(range(max(folds, begun)), key=lambda fold: (sizes[fold], fold))
+            sizes[fold_of[group]] += 1
+    return [fold_of[group] for group in groups]
 
 
 def complete(

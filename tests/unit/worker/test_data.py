@@ -437,6 +437,24 @@ def test_folds_do_not_depend_on_order_and_keep_duplicates_together(rows, copies,
     assert max(sizes) - min(sizes) <= 1
 
 
+def test_rows_that_share_a_completion_are_not_held_out_from_each_other():
+    alike = [
+        ReferenceRow([5], [10], [20]),
+        ReferenceRow([5], [10], [21]),  # the chosen one of the first
+        ReferenceRow([5], [22], [21]),  # the rejected one of the second
+        ReferenceRow([5], [30], [22]),  # what the third chooses
+    ]
+    others = [ReferenceRow([6 + n], [10], [20]) for n in range(3)]  # the same completions of other prompts
+    examples = as_examples([*others, *alike])
+
+    assert distinct_rows(examples) == 4
+    for seed in range(9):
+        folds = assign_folds(examples, folds=4, seed=seed)
+        assert len(set(folds[3:])) == 1
+        assert sorted({*folds}) == [0, 1, 2, 3]
+        assert assign_folds(examples[::-1], folds=4, seed=seed) == folds[::-1]
+
+
 def test_another_seed_makes_other_folds():
     examples = as_examples(reference_rows(20, paired=False))
 

@@ -405,7 +405,7 @@ def test_what_is_kept_holds_no_text(earlier):
 
 
 def example(digest, label=None):
-    return Example(digest, TokenSequence([1, 2], [False, True]), None, label)
+    return Example(digest, TokenSequence([ord(digest), 2], [False, True]), None, label)
 
 
 def test_known_rows_keep_their_folds_and_new_ones_even_them_out():
@@ -415,6 +415,28 @@ def test_known_rows_keep_their_folds_and_new_ones_even_them_out():
 
     assert folds[:3] == [0, 1, 1]
     assert sorted(folds) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def pair(digest, chosen, rejected):
+    return Example(digest, TokenSequence([1, chosen], [False, True]), TokenSequence([1, rejected], [False, True]), None)
+
+
+def test_an_added_row_goes_to_the_fold_of_a_known_one_with_its_completion():
+    rows = [pair("a", 10, 20), pair("b", 11, 21), pair("c", 12, 22), pair("new", 11, 29)]
+
+    assert deal(rows, {"a": 0, "b": 2, "c": 1}, seed=0) == [0, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [pair("a", 10, 20), pair("b", 11, 20)],  # as earlier versions dealt them
+        [pair("a", 10, 20), pair("b", 11, 21), pair("new", 10, 21)],
+    ],
+)
+def test_known_rows_that_would_be_held_out_from_each_other_are_refused(rows):
+    with pytest.raises(RequestInvalid, match="dataset_id: rows that share a completion"):
+        deal(rows, {"a": 0, "b": 1}, seed=0)
 
 
 def test_a_fold_is_begun_only_where_every_label_reaches_it():
