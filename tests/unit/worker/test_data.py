@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from d2lora.errors import RequestInvalid, RowsTooLong
 from d2lora.rows import MessagesRow, PreferenceRow, PromptCompletionRow, TextRow, UnpairedPreferenceRow
+from tests.support.reference import ReferenceRow
 from tests.support.tokenizers import CHATML, CHATML_WITH_GENERATION, bpe_tokenizer
 from tests.unit.worker.conftest import as_examples, labeled_rows, reference_rows
 from worker.batches import assign_folds, distinct_rows, make_batches
