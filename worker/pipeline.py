@@ -145,9 +145,9 @@ def build_adapter(
             on_progress=on_progress,
         )
         direction = steps_of({**built.direction, **better}, spec)
-        # Orthogonalized steps are as long as before.
-        along_the_gradient = spec.direction == "gradient"
-        eta = step_along(direction, eta=built.eta, instead_of=built.direction) if along_the_gradient else built.eta
+        eta = built.eta  # for parts of the gradient itself, and orthogonalized ones, which are as long as before
+        if spec.whitening is not None:
+            eta = step_along(direction, eta=eta, instead_of=built.direction)
         factors = calibrated_step(direction, eta=eta, scaling=spec.lora.scaling)
         return replace(built, direction=direction, factors=factors, eta=eta, refined=frozenset(better))
     if spec.rounds == 1 or not built.eta:

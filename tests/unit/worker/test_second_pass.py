@@ -112,9 +112,10 @@ def test_the_projection_is_the_range_times_the_gradient_however_rows_are_cut(sid
     torch.testing.assert_close(parts.sums, whole.sums, rtol=1e-4, atol=1e-4)
 
 
-def test_only_layers_above_the_bound_are_refined_and_the_backward_ends_at_the_lowest(tmp_path):
+@pytest.mark.parametrize("direction", ["gradient", "orthogonalized"])
+def test_only_layers_above_the_bound_are_refined_and_the_step_stays_as_long(tmp_path, direction):
     model, rows = tiny_llama(), learnable_rows(12)
-    options = {"model": model, "lora": LoraSpec(r=2), "direction": "gradient"}
+    options = {"model": model, "lora": LoraSpec(r=2), "direction": direction}
     once = build(rows, tmp_path / "once", **options)
     errors = {name: (layer.missed / layer.energy) ** 0.5 for name, layer in once.direction.items()}
     last = [error for name, error in errors.items() if ".1." in name]
