@@ -55,13 +55,14 @@ def dense(layer):
     return (layer.left * layer.values) @ layer.right
 
 
-def row_lengths(model, layers, rows, norm):
-    """Of an orthogonalized step of SFT, by every row's own gradient."""
+def row_lengths(model, layers, rows):
+    """Of an orthogonalized step of SFT and rank 4, by every row's own gradient; of norm 1 together."""
     tokens, squares = sum(len(row.chosen) for row in rows), dict.fromkeys(layers, 0.0)
     for row in rows:
         own = weight_gradients(model, layers, lambda twin, row=row: sft_loss(twin, [row]) * len(row.chosen) / tokens)
-        squares = {name: squares[name] + (gradient / norm).square().sum() for name, gradient in own.items()}
-    return {name: square.rsqrt() for name, square in squares.items()}
+        squares = {name: squares[name] + gradient.square().sum() for name, gradient in own.items()}
+    total = sum(4 / square for square in squares.values())
+    return {name: (square * total).rsqrt() for name, square in squares.items()}
 
 
 def moved_to(model, point):
@@ -259,7 +260,7 @@ def test_the_second_rounds_adapter_is_the_dense_one(tmp_path, direction):
 
     norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
     assert only.mixture.norms.item() == pytest.approx(norm.item(), rel=1e-5)
-    lengths = row_lengths(moved_to(model, point), first.direction, rows, norm)
+    lengths = row_lengths(moved_to(model, point), first.direction, rows)
     before = updates(first)
     for name, update in updates(second).items():
         left, values, right = torch.linalg.svd(gradients[name] / norm, full_matrices=False)
