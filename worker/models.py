@@ -63,9 +63,10 @@ class BaseModel:
 
     @property
     def pad_token_id(self) -> int:
-        """The token that fills up batches; which one is of no consequence, since it is masked."""
-        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return int(next(token for token in candidates if token is not None))
+        """A token with an embedding, to fill up batches; which one is of no consequence, since it is masked."""
+        rows = len(self.model.get_input_embeddings().weight)
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return int(next((token for token in candidates if token is not None and 0 <= token < rows), 0))
 
     @property
     def identity(self) -> str:

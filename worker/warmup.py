@@ -166,7 +166,7 @@ def _train(
         "dataloader_pin_memory": base.device.type == "cuda",
     }
     tokenizer = copy.deepcopy(base.tokenizer)
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id != base.pad_token_id:
         tokenizer.pad_token_id = base.pad_token_id
     common = {"processing_class": tokenizer, "callbacks": [Progress()]}
     match method.trainer:

@@ -8,7 +8,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from d2lora.errors import ModelNotFound, ModelUnavailable, ModelUnsupported, ScratchFull, WeightsUnsafe
 from tests.support.models import as_base, tiny_gpt2, tiny_llama, tiny_tokenizer
-from tests.unit.worker.conftest import one_fold, reference_rows
+from tests.unit.worker.conftest import as_examples, one_fold, reference_rows
+from worker.batches import make_batches
 from worker.models import load, verify_head
 from worker.statistics import score
 
@@ -84,6 +85,20 @@ def test_a_model_that_transformers_does_not_know_is_refused(tmp_path):
 
     with pytest.raises(ModelUnsupported):
         load_here(name)
+
+
+@pytest.mark.parametrize("taken", [("pad_token",), ("pad_token", "eos_token")], ids=["pad", "pad and eos"])
+def test_a_token_without_an_embedding_fills_no_batch(taken):
+    base = as_base(tiny_llama())
+    expected = 0 if "eos_token" in taken else base.tokenizer.eos_token_id
+    base.tokenizer.add_special_tokens({name: f"[{name}]" for name in taken})
+    examples = as_examples(reference_rows(3, paired=False))
+
+    (batch,) = make_batches(examples, [0] * 3, max_tokens=10_000, pad_token_id=base.pad_token_id)
+
+    assert base.tokenizer.pad_token_id >= base.vocabulary
+    assert base.pad_token_id == expected
+    assert torch.isfinite(score(base, batch).chosen_logps).all()
 
 
 @pytest.mark.parametrize("model", [tiny_llama(), tiny_gpt2()], ids=["llama", "gpt2"])

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -306,6 +307,21 @@ def test_other_general_rows_have_another_fingerprint(llama, dataset, general, tm
     other = run(request_of(llama), dataset, write(tmp_path / "other.jsonl", GENERAL[:-1]), tmp_path / "other")
 
     assert one.summary.fingerprint != other.summary.fingerprint
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "orpo"])
+def test_a_pad_token_without_an_embedding_fills_no_batch(llama, dataset, general, tmp_path, trainer):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    shutil.copytree(llama, tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+
+    run(request_of(llama, trainer), dataset, general, tmp_path / "plain")
+    run(request_of(str(tmp_path / "padded"), trainer), dataset, general, tmp_path / "out")
+
+    plain, padded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "out"))
+    for name, factor in padded.items():
+        torch.testing.assert_close(factor, plain[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_4bit_base_is_warmed_up_and_stays_as_it_was(llama, dataset, general, tmp_path):
