@@ -13,6 +13,7 @@ from typing import assert_never
 
 from d2lora.datasets import DatasetFile, read_rows
 from d2lora.initializations import InitializationSpec, Phase, Result
+from d2lora.methods import PeftMethod, Warmup
 from d2lora.roles import FIELDS, Role, check_given
 from d2lora.settings import WorkerSettings
 from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
@@ -29,6 +30,7 @@ from worker.model_cache import Loader
 from worker.objectives import resolve_objectives
 from worker.output_scale import scaled_as_asked
 from worker.peft_initialization import initialize_by_peft
+from worker.peft_methods import rows_read
 from worker.pipeline import BuiltAdapter, adapter_from, build_adapter
 from worker.rebuilding import Rebuild, complete, keep_pass, kept_for, load_same, plan_rebuild
 from worker.retaining import restraint_from
@@ -37,7 +39,7 @@ from worker.sharding import count_tokens, gather_shard, merge, read_plan, split
 from worker.shared_calibration import shared, work_on
 from worker.subject import Subject, length_limit, load_subject
 from worker.units import ROWS, OnProgress, ShardFiles, ShardOutput, Share, Split
-from worker.warmup_initialization import initialize_by_warmup, read_general_rows
+from worker.warmup_initialization import GeneralRows, initialize_by_warmup, read_general_rows
 
 
 @translated_errors()
@@ -73,9 +75,10 @@ def initialize(
     # All that can be refused is refused before the pass.
     objectives = resolve_objectives(spec.objectives, encoded.examples[0].supervision)
     evaluation = read_evaluation(base, spec, extras)
-    warnings += seen_before(evaluation or [], encoded.examples, FIELDS[Role.EVALUATION])
     retain = read_extra(base, spec, extras, Role.RETAIN)
     general = read_general_rows(subject, spec, extras)
+    learned_from = _rows_used(spec, encoded.examples, general, retain)
+    warnings += seen_before(evaluation or [], learned_from, FIELDS[Role.EVALUATION])
     digests = {role: sha256(extra.path) for role, extra in extras.items()}
     files = [("dataset", dataset), *((str(role), extra) for role, extra in extras.items())]
     columns = {name: dict(file.columns) for name, file in files if file.columns}
@@ -237,6 +240,18 @@ def finish(
     return _deliver(
         subject, spec, planned.rows, built, evaluation, shards=shards_used, out=out, settings=settings, clock=clock
     )
+
+
+def _rows_used(
+    spec: InitializationSpec, examples: list[Example], general: GeneralRows | None, retain: list[Example] | None
+) -> list[Example]:
+    """Return the rows of all datasets that have a part in the adapter."""
+    if isinstance(spec.method, Warmup):
+        assert general is not None
+        return general.chosen + (examples if spec.method.start == "gradient" else [])
+    if isinstance(spec.method, PeftMethod):
+        return rows_read(spec.method, examples, seed=spec.seed)
+    return examples + (retain or [])
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def build_peft_adapter(
     assert isinstance(method, PeftMethod)
     check_peft_method(method, targets, spec)
     own = _peft_config(config, method)
-    chosen = sample(examples, count=getattr(method, "max_rows", 0), seed=spec.seed)
+    chosen = rows_read(method, examples, seed=spec.seed)
     with _seeded(spec.seed, base.device):
         gathered = _gather(base, targets, own, spec, chosen, settings=settings, on_progress=on_progress)
         count = PhaseCounter(Phase.FACTORS, len(targets), on_progress)
@@ -109,6 +109,11 @@ def build_peft_adapter(
         rows=len(chosen),
         init_lora_weights=str(own.init_lora_weights).lower(),
     )
+
+
+def rows_read(method: PeftMethod, examples: Sequence[Example], *, seed: int) -> list[Example]:
+    """Return the rows that the method learns from, if it learns from any."""
+    return sample(examples, count=getattr(method, "max_rows", 0), seed=seed)
 
 
 def check_peft_method(method: PeftMethod, targets: Mapping[str, nn.Module], spec: InitializationSpec) -> None:

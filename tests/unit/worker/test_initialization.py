@@ -115,6 +115,21 @@ def test_rows_that_measure_and_were_learned_from_are_told(base_model, tmp_path):
     assert not any("eval_dataset_id" in warning for warning in alone.summary.warnings)
 
 
+def test_text_to_retain_that_is_to_measure_is_told_too(base_model, tmp_path):
+    files = {role: write_rows(tmp_path / f"{role}.jsonl", 6, paired=False) for role in (Role.RETAIN, Role.EVALUATION)}
+    spec = InitializationSpec(
+        base_model=base_model, dataset_id="ds", lora=LoraSpec(r=4), retain_dataset_id="r", eval_dataset_id="e"
+    )
+    rows = write_rows(tmp_path / "rows.jsonl", 4, paired=False)
+    (tmp_path / "out").mkdir()
+
+    result = initialize(
+        spec, rows, files, out=tmp_path / "out", settings=WorkerSettings(device="cpu"), on_progress=lambda *_: None
+    )
+
+    assert any("eval_dataset_id: 6 of 6 rows" in warning for warning in result.summary.warnings)
+
+
 def test_the_manifest_lists_every_file_with_its_checksum(base_model, tmp_path):
     result = run(base_model, write_rows(tmp_path / "rows.jsonl", 6), tmp_path / "out")
 

@@ -276,6 +276,18 @@ def test_the_same_request_gives_the_same_files(base_model, dataset, tmp_path, me
     assert results[0].summary.fingerprint == results[1].summary.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("method", "seen"),
+    [("kaiming", 0), ("pissa", 0), ({"type": "eva", "max_rows": 5}, 5), ({"type": "corda", "max_rows": 100}, 12)],
+    ids=["kaiming", "pissa", "eva", "corda"],
+)
+def test_a_warning_counts_the_rows_that_the_method_reads(base_model, dataset, tmp_path, method, seen):
+    result = run(base_model, dataset, tmp_path / "out", method, evaluation=dataset)
+
+    said = [warning for warning in result.summary.warnings if warning.startswith("eval_dataset_id")]
+    assert [f"{seen} of 12 rows" in warning for warning in said] == ([True] if seen else [])
+
+
 class Stop(Exception):
     pass
 

@@ -302,6 +302,19 @@ def test_a_large_warm_up_is_not_cut_into_shards(llama, dataset, general, tmp_pat
     assert result.summary.start == "warmup"
 
 
+def test_a_warning_counts_the_rows_that_the_warm_up_trains_on(llama, dataset, general, tmp_path):
+    def warned(name, evaluation, **changes):
+        spec = request_of(llama, eval_dataset_id="e", method={"steps": 2}, **changes)
+        (tmp_path / name).mkdir()
+        extras = {Role.WARMUP: general, Role.EVALUATION: evaluation}
+        result = initialize(spec, dataset, extras, out=tmp_path / name, settings=SETTINGS, on_progress=lambda *_: None)
+        return [said[:30] for said in result.summary.warnings if said.startswith("eval_dataset_id")]
+
+    assert warned("general", general) == ["eval_dataset_id: 8 of 14 rows "]
+    assert warned("dataset", dataset) == []
+    assert warned("start", dataset, start="gradient") == ["eval_dataset_id: 8 of 8 rows a"]
+
+
 def test_other_general_rows_have_another_fingerprint(llama, dataset, general, tmp_path):
     one = run(request_of(llama), dataset, general, tmp_path / "one")
     other = run(request_of(llama), dataset, write(tmp_path / "other.jsonl", GENERAL[:-1]), tmp_path / "other")
