@@ -216,8 +216,16 @@ def _why_these(spec: InitializationSpec, rows: Intake) -> str:
 def _first_calibration(built: BuiltAdapter) -> CalibrationReport | None:
     if built.calibration is None:
         return None
-    rows = max(measured.rows for measured in built.held_out.values())
-    return _calibration_report(built.calibration, folds=built.folds, rows=rows)
+    return _calibration_report(built.calibration, folds=built.folds, rows=_rows_scored(built.held_out))
+
+
+def _rows_scored(held_out: Mapping[str, HeldOut]) -> int:
+    """Return the rows of all datasets together; objectives of one dataset share them, and SFT may look at fewer."""
+    of_dataset: dict[str, int] = {}
+    for name, measured in held_out.items():
+        place = name.rpartition(".")[0]
+        of_dataset[place] = max(measured.rows, of_dataset.get(place, 0))
+    return sum(of_dataset.values())
 
 
 def _calibration_report(calibration: Calibration, *, folds: int, rows: int) -> CalibrationReport:
@@ -254,9 +262,7 @@ def _rounds_report(built: BuiltAdapter) -> RoundsReport | None:
                 gradient_norms=named(one.mixture.norms),
                 weights=named(one.mixture.weights),
                 calibration=_calibration_report(
-                    one.calibration,
-                    folds=built.further.folds,
-                    rows=max(measured.rows for measured in one.held_out.values()),
+                    one.calibration, folds=built.further.folds, rows=_rows_scored(one.held_out)
                 ),
                 held_out=one.held_out,
             )
