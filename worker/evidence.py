@@ -18,7 +18,7 @@ from d2lora.roles import MEASURING, Role, without_dataset_ids
 from d2lora.supervision import Supervision
 from worker.data import Encoded, Example
 from worker.line_search import Calibration, Trial
-from worker.models import weight_norm
+from worker.models import BaseModel, weight_norm
 from worker.pipeline import BuiltAdapter
 from worker.ranks import Allocation
 from worker.report import (
@@ -112,12 +112,13 @@ def make_report(
             rows_used=used,
             rows_truncated=rows.truncated,
             rows_dropped=sum(rows.dropped.values()),
-            fingerprint=fingerprint(spec, rows, base_identity=base.identity, dtype=str(base.model.dtype)),
+            fingerprint=fingerprint(spec, rows, base),
             warnings=[*rows.warnings, *warnings],
             **unsaid | dict(summary),
         ),
         base_model=base.name,
         base_identity=base.identity,
+        base_configuration_sha256=base.configuration_sha256,
         base_license=base.license,
         dataset_sha256=rows.sha256,
         extra_dataset_sha256=rows.extras,
@@ -309,7 +310,7 @@ def _mean_tokens(examples: Sequence[Example]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in means.items()}
 
 
-def fingerprint(spec: InitializationSpec, rows: Intake, *, base_identity: str, dtype: str) -> str:
+def fingerprint(spec: InitializationSpec, rows: Intake, base: BaseModel) -> str:
     """Return the sha256 over all that decides the adapter; equal requests have equal fingerprints."""
     # How statistics were come by decides nothing.
     decisive = without_dataset_ids(
@@ -322,13 +323,15 @@ def fingerprint(spec: InitializationSpec, rows: Intake, *, base_identity: str, d
         del decisive["lora"]["ranks"]
     content = {
         "spec": decisive,
-        "base": base_identity,
+        "base": base.identity,
         "dataset": rows.sha256,
         "extras": {role: digest for role, digest in rows.extras.items() if role not in MEASURING},
         "columns": {name: own for name, own in rows.columns.items() if name not in MEASURING},
-        "dtype": dtype,
+        "dtype": str(base.model.dtype),
         "versions": versions(),
     }
+    if base.configuration_sha256 is not None:
+        content["base_configuration"] = base.configuration_sha256
     if rows.decisive is not None:
         content["decisive"] = rows.decisive
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -5,6 +5,7 @@ Only safetensors and GGUF files are read, and no code that comes with a model is
 
 import errno
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,23 @@ from worker.quantization import dequantized_weight, prepare
 _OUTAGES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 _PROBE_TOKENS = 8
 
+_CONFIGURATION = (
+    "config.json",
+    "tokenizer*",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "tekken.json",
+    "*.model",
+    "*.tiktoken",
+)
+"""The files beside the weights that decide what the model computes, and what it makes of text."""
+
+_ORIGIN = {"_name_or_path", "name_or_path", "transformers_version"}
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -45,6 +63,8 @@ class BaseModel:
     license: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    configuration_sha256: str | None = None
+    """Over configuration, tokenizer and chat template of a local model; None for hub models, whose commit pins them."""
 
     @property
     def device(self) -> torch.device:
@@ -149,6 +169,7 @@ def load(
         license=_license(place),
         model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
+        configuration_sha256=_configuration_digest(place.directory) if isinstance(place, LocalModel) else None,
     )
     verify_head(loaded)
     verify_causality(loaded)
@@ -305,6 +326,24 @@ def _digest(files: list[Path]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _configuration_digest(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in _CONFIGURATION for path in directory.glob(pattern) if path.is_file()}):
+        content = hashlib.sha256(_without_origin(path)).hexdigest()
+        digest.update(f"{path.relative_to(directory).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _without_origin(path: Path) -> bytes:
+    """Return a file's content, of a configuration without where it was saved and by which version."""
+    content = path.read_bytes()
+    if not path.name.endswith("config.json"):
+        return content
+    fields = json.loads(content)
+    kept = {name: value for name, value in fields.items() if name not in _ORIGIN}
+    return json.dumps(kept, sort_keys=True).encode()
 
 
 def _license(place: LocalModel | HubModel) -> str:

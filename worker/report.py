@@ -188,6 +188,8 @@ class Report(Frozen):
     base_model: str
     base_identity: str
     """Commit of a hub model, or sha256 over the weight files."""
+    base_configuration_sha256: str | None = None
+    """Over configuration, tokenizer and chat template of a local model."""
     base_license: str
     dataset_sha256: str
     """Of the dataset's file; with several datasets, of their digests in hexadecimal, one a line."""

@@ -39,12 +39,26 @@ class BasePin(Frozen):
     identity: str
     revision: str | None
     dtype: str
+    configuration_sha256: str | None = None
+    """Of a local model; None also where an earlier version of the worker wrote the pin."""
 
     @staticmethod
     def of(base: BaseModel) -> "BasePin":
         """Return what other workers need to load the same weights in the same type."""
         dtype = str(base.model.dtype).removeprefix("torch.")
-        return BasePin(identity=base.identity, revision=base.revision, dtype=dtype)
+        return BasePin(
+            identity=base.identity,
+            revision=base.revision,
+            dtype=dtype,
+            configuration_sha256=base.configuration_sha256,
+        )
+
+    def fits(self, base: BaseModel) -> bool:
+        """Return whether that is the model; what this pin does not say may be anything."""
+        loaded = BasePin.of(base)
+        if self.configuration_sha256 is None:
+            loaded = loaded.model_copy(update={"configuration_sha256": None})
+        return loaded == self
 
 
 def write(path: Path, holds: str, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:

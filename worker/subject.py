@@ -56,12 +56,14 @@ def load_subject(
         )
 
     base = loaded(spec.revision, spec.dtype)
-    if pinned is not None and BasePin.of(base) != pinned:
+    if pinned is not None and not pinned.fits(base):
         # A branch has moved on since, or this machine would choose another type.
         del base
         base = loaded(pinned.revision or spec.revision, pinned.dtype)
-        if BasePin.of(base) != pinned:
-            raise ChecksumMismatch("base_model: its weights are not those that the job was begun with")
+        if not pinned.fits(base):
+            raise ChecksumMismatch(
+                "base_model: its weights, configuration or tokenizer are not those that the job was begun with"
+            )
     config = lora_config(base.model, spec.lora, base_model=spec.base_model, revision=spec.revision)
     targets = resolve_targets(base.model, config)
     on_progress(Phase.LOADING, 1, 1)

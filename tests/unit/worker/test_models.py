@@ -42,6 +42,39 @@ def test_the_identity_of_local_weights_follows_their_bytes(tmp_path):
     assert first != other
 
 
+def rewritten(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda at: (at / "chat_template.jinja").write_text("{{ messages[0].content }}"),
+        lambda at: rewritten(at / "tokenizer_config.json", chat_template="{{ messages[0].content }}"),
+        lambda at: rewritten(at / "tokenizer.json", normalizer={"type": "Lowercase"}),
+        lambda at: rewritten(at / "config.json", rms_norm_eps=1e-3),
+    ],
+    ids=["template", "template inside", "tokenizer", "configuration"],
+)
+def test_what_else_decides_the_numbers_is_known_beside_the_identity(tmp_path, change):
+    before = load_here(saved(tmp_path))
+
+    change(tmp_path)
+
+    after = load_here(str(tmp_path))
+    assert after.identity == before.identity
+    assert after.configuration_sha256 != before.configuration_sha256
+
+
+def test_where_a_model_was_saved_and_by_which_version_decides_nothing(tmp_path):
+    before = load_here(saved(tmp_path / "a")).configuration_sha256
+    saved(tmp_path / "b")
+    rewritten(tmp_path / "b" / "config.json", transformers_version="5.0.0", _name_or_path="/elsewhere")
+    (tmp_path / "b" / "README.md").write_text("# A model\n")
+
+    assert load_here(str(tmp_path / "b")).configuration_sha256 == before
+
+
 def test_the_licence_is_read_from_the_models_card(tmp_path):
     name = saved(tmp_path)
     (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\n")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import tracemalloc
 
@@ -9,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from d2lora.errors import ChecksumMismatch, FormatMismatch, FormatOutdated
+from tests.support.models import as_base, tiny_llama
 from tests.unit.worker.conftest import as_examples, labeled_rows, reference_rows
 from worker.batches import make_batches
 from worker.low_rank import LowRank
@@ -83,6 +85,17 @@ def rewritten(path, change):
         about = json.loads(file.metadata()["d2lora"])
     change(about)
     save_file(load_file(path), path, metadata={"d2lora": json.dumps(about)})
+
+
+def test_a_pin_of_an_earlier_version_says_nothing_of_the_configuration():
+    base = dataclasses.replace(as_base(tiny_llama()), configuration_sha256="1" * 64)
+    pin = BasePin.of(base)
+    earlier = BasePin.model_validate(pin.model_dump(exclude={"configuration_sha256"}))
+    other = dataclasses.replace(base, configuration_sha256="2" * 64)
+
+    assert [one.fits(base) for one in (pin, earlier)] == [True, True]
+    assert [one.fits(other) for one in (pin, earlier)] == [False, True]
+    assert not earlier.fits(dataclasses.replace(base, weights_sha256="2" * 64))
 
 
 @pytest.mark.parametrize("kind", KINDS)

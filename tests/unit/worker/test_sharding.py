@@ -463,11 +463,12 @@ def test_a_task_survives_json_with_all_digits():
     assert EvaluationTask.model_validate_json(task.model_dump_json()) == task
 
 
-def test_other_weights_than_those_that_the_job_was_begun_with_are_refused(job, tmp_path):
+@pytest.mark.parametrize("digest", ["weights_sha256", "configuration_sha256"])
+def test_another_model_than_that_which_the_job_was_begun_with_is_refused(job, tmp_path, digest):
     spec, split, _, _ = job
     task, rows = split.shards[0]
     (tmp_path / "rows.safetensors").write_bytes(rows.read_bytes())
-    other = lambda *arguments, **named: dataclasses.replace(load(*arguments, **named), weights_sha256="1" * 64)
+    other = lambda *arguments, **named: dataclasses.replace(load(*arguments, **named), **{digest: "1" * 64})
 
     with pytest.raises(ChecksumMismatch, match="weights"):
         run_shard(spec, task, tmp_path, settings=SETTINGS, on_progress=lambda *_: None, load=other)
