@@ -92,7 +92,7 @@ class WorkerSettings(BaseSettings):
 
     model_config = _prefix("WORKER_")
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     max_tokens_per_batch: int | None = Field(
         default=None, ge=1, description="padded tokens of one forward; 2048 on a CPU and 8192 elsewhere when unset"
     )

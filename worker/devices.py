@@ -26,12 +26,10 @@ _DEVICE_FAILURE = re.compile(
 
 
 def pick_device(device: str) -> str:
-    """Return the device's name; ``auto`` takes CUDA, then Apple's MPS, then the CPU."""
+    """Return the device's name; ``auto`` takes CUDA, then the CPU. Sums are in float64, which Apple's MPS has not."""
     if device != "auto":
         return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def free_bytes(device: torch.device) -> list[int]:

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.distributed import DistBackendError
 
 from d2lora.errors import OutOfMemory
+from d2lora.settings import WorkerSettings
 from tests.support.models import tiny_gpt2, tiny_llama
 from worker.devices import is_device_failure, pick_device, spread, weight_bytes
 from worker.halving import is_out_of_memory
@@ -102,6 +104,16 @@ def test_weights_take_what_pytorch_counts(model):
 
 def test_a_device_that_is_named_is_taken():
     assert pick_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_no_device_without_float64_is_taken(monkeypatch, cuda):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+
+    assert pick_device("auto") == ("cuda" if cuda else "cpu")
+    with pytest.raises(ValidationError, match="device"):
+        WorkerSettings(device="mps")
 
 
 def test_test_matrices_are_the_same_on_every_device():
