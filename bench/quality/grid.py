@@ -158,10 +158,11 @@ class Plan(Frozen):
 
 
 def code_identity(initializer: str) -> str:
-    """Return a digest of the sources that decide a cell's numbers; the worker's are among them for ours alone."""
+    """Return a digest of the sources that decide a cell's numbers; for ours the worker's and requests' defaults too."""
     paths = [ROOT / "bench" / "quality" / f"{name}.py" for name in _DECIDING]
     if initializer.startswith(("ours", "random", "warmup")):
         paths += [ROOT / "bench" / "quality" / "ours.py", *sorted((ROOT / "worker").glob("*.py"))]
+        paths += [ROOT / "d2lora" / f"{name}.py" for name in ("initialization_spec", "objectives", "methods")]
     return digest(paths)
 
 

@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from scipy import stats
 
+from bench.quality import grid
 from bench.quality.choosing import choose
 from bench.quality.curves import first_reach, mean_height, median, paired_interval, value_at
 from bench.quality.datasets import general_rows, in_batches, splits
@@ -220,6 +222,23 @@ def test_another_number_of_anything_is_another_cell():
 
     assert len(fingerprints) == 7
     assert cell().fingerprint == cell().fingerprint
+
+
+@pytest.mark.parametrize("name", ["d2lora/initialization_spec.py", "d2lora/objectives.py", "d2lora/methods.py"])
+def test_other_defaults_of_requests_are_other_code_for_ours_alone(monkeypatch, tmp_path, name):
+    def identities(copy):
+        for folder in ("bench/quality", "d2lora", "worker"):
+            shutil.copytree(grid.ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        with (copy / name).open("a") as file:
+            file.write(f"# {copy.name}\n")
+        with monkeypatch.context() as patched:
+            patched.setattr(grid, "ROOT", copy)
+            return [grid.code_identity(initializer) for initializer in ("ours", "pissa")]
+
+    first, second = identities(tmp_path / "a"), identities(tmp_path / "b")
+
+    assert first[0] != second[0]
+    assert first[1] == second[1]
 
 
 def test_a_write_that_breaks_off_leaves_no_record(tmp_path):
