@@ -308,7 +308,7 @@ _GRADIENT_ONLY = {
 """Fields of a request that only our own method reads."""
 
 
-_BEFORE_A_WARMUP = {"objectives", "combination", "whitening", "direction", "start", "statistics"}
+_BEFORE_A_WARMUP = {"objectives", "combination", "whitening", "direction", "lora_a_scale", "start", "statistics"}
 """Those of them that a warm-up from our own start reads."""
 
 

@@ -121,12 +121,8 @@ class InitializationRow(Table):
     @property
     def request(self) -> dict[str, Any]:
         """The request as it was meant before later versions: the gradient's own direction, lora_A's rows as PEFT's."""
-        meant: dict[str, Any] = {}
-        if "start" in self.spec:  # requests for methods that take no step have no direction
-            meant["direction"] = "gradient"
-        if self.spec.get("method", "gradient") == "gradient":
-            meant["lora_a_scale"] = "rows"
-        return {**meant, **self.spec}
+        ours = "start" in self.spec  # requests for methods that take no step have none of these
+        return {"direction": "gradient", "lora_a_scale": "rows", **self.spec} if ours else self.spec
 
 
 class ShardRow(Table):

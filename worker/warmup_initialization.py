@@ -19,6 +19,7 @@ from worker.evidence import Intake, make_gradient_report, make_report
 from worker.factors import Factors
 from worker.models import weight_norm
 from worker.objectives import resolve_objectives
+from worker.output_scale import scaled_as_asked
 from worker.pipeline import BuiltAdapter, build_adapter
 from worker.report import Report, WarmupReport, round_to
 from worker.subject import Subject, length_limit
@@ -80,6 +81,7 @@ def initialize_by_warmup(
         built = build_adapter(
             base, targets, spec, encoded.examples, settings=settings, directory=directory, on_progress=clock
         )
+        built = scaled_as_asked(built, subject, spec)
     warmed = warm_up(
         base,
         subject.config,

@@ -390,7 +390,7 @@ def test_a_stored_request_leaves_out_the_options_that_are_off(store, spec):
     [
         ("gradient", "gradient", "rows"),
         (Kaiming(), "orthogonalized", "outputs"),
-        (Warmup.model_validate({"warmup_dataset_id": "ds_1", "from": "gradient"}), "gradient", "outputs"),
+        (Warmup.model_validate({"warmup_dataset_id": "ds_1", "from": "gradient"}), "gradient", "rows"),
     ],
 )
 def test_a_request_of_the_time_before_a_field_means_what_was_done_then(store, spec, method, direction, scale):
