@@ -170,7 +170,6 @@ def test_a_file_too_large_for_one_request_is_stored_in_parts_and_comes_back_whol
         assert storage._client.head_object(Bucket=storage._bucket, Key=KEY)["ETag"].strip('"').endswith("-2")
 
 
-@pytest.mark.parametrize("storage", ["s3"], indirect=True)  # a directory's own disk is the storage
 def test_a_workers_full_disk_is_not_the_storages(storage, file, tmp_path):
     import resource
     import signal

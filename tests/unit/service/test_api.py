@@ -1,12 +1,19 @@
+import errno
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
 from d2lora.initializations import HeldOut, Result, ResultFile, ResultSummary
 from d2lora.roles import FIELDS
+from d2lora.scratch import scratch_directory
 from d2lora.settings import ServiceSettings
 from service.auth import KeyRing
 
@@ -133,6 +140,36 @@ def test_a_dataset_that_the_database_refuses_leaves_no_object(app, upload, clien
 
     assert "secret" not in json.dumps(problem)
     assert nothing_is_stored(settings, client)
+
+
+def test_a_disk_without_room_for_an_upload_is_said_to_be_full(upload, client, settings, monkeypatch):
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("d2lora.scratch.tempfile.TemporaryDirectory", full)
+
+    problem_of(upload(), 507, "storage_full")
+    assert nothing_is_stored(settings, client)
+
+
+def test_the_upload_of_a_service_that_was_killed_is_removed_at_the_next_start(app, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    script = """
+import os
+from d2lora.scratch import scratch_directory
+with scratch_directory("upload") as path:
+    (path / "dataset").write_text("a row")
+    print(path, flush=True)
+    os._exit(9)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    left = Path(killed.stdout.strip())
+    assert (left / "dataset").is_file()
+
+    with TestClient(app), scratch_directory("upload") as own:
+        assert [path.name for path in tmp_path.glob("d2lora-upload-*")] == [own.name]
 
 
 def test_a_request_becomes_a_queued_job(upload, client):
@@ -434,6 +471,40 @@ def test_no_route_answers_without_a_valid_key(client, header, method, route):
 
     problem_of(response, 401, "unauthorized")
     assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_an_event_number_that_no_database_holds_is_refused(client, succeeded):
+    events = f"/v1/initializations/{succeeded}/events"
+
+    problem_of(client.get(events, params={"after": 2**31}), 422, "request_invalid")
+    assert client.get(events, params={"after": 2**31 - 1}).json() == {"data": []}
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "2147483648", "-1", "x"])
+def test_a_last_event_id_that_is_no_number_of_ours_counts_as_none(client, succeeded, number):
+    headers = {"last-event-id": number}
+
+    response = client.get(f"/v1/initializations/{succeeded}/events/stream", headers=headers)
+
+    assert response.status_code == 200
+    assert "event: queued" in response.text
+
+
+def test_numbers_of_a_request_are_finite(upload, client):
+    request = json.dumps(request_for(upload().json()["id"], objectives=[{"type": "orpo", "beta": float("inf")}]))
+
+    response = client.post("/v1/initializations", content=request, headers={"content-type": "application/json"})
+
+    problem = problem_of(response, 422, "request_invalid")
+    assert problem["errors"][0]["pointer"].endswith("/beta")
+
+
+def test_malformed_keys_are_not_said_in_the_error(monkeypatch):
+    for given in ('{"acme": "secret-of-acme"', '{"acme": ["secret-of-acme"]}'):
+        monkeypatch.setenv("D2LORA_SERVICE_API_KEYS", given)
+        with pytest.raises(ValueError, match="api_keys") as caught:
+            ServiceSettings()
+        assert "secret-of-acme" not in str(caught.value)
 
 
 def test_a_service_without_keys_does_not_start():

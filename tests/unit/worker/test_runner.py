@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import threading
@@ -469,6 +470,30 @@ def test_a_worker_whose_disk_is_full_fails_no_job_and_pauses(store, storage, job
     started = time.monotonic()
 
     run(store, storage, failing_build(ScratchFull("no room")), settings=settings)
+
+    assert time.monotonic() - started > 0.2
+    assert store.get("acme", job.id).state is State.QUEUED
+
+
+def test_a_disk_without_room_for_the_jobs_directory_fails_no_job_either(store, storage, job, monkeypatch):
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("d2lora.scratch.tempfile.TemporaryDirectory", full)
+    settings = SETTINGS.model_copy(update={"lease_seconds": 0.6})
+    started = time.monotonic()
+
+    run(store, storage, never, settings=settings)
+
+    assert time.monotonic() - started > 0.2
+    assert store.get("acme", job.id).state is State.QUEUED
+
+
+def test_a_file_of_a_job_that_has_no_room_fails_no_job(store, storage, job):
+    settings = SETTINGS.model_copy(update={"lease_seconds": 0.6})
+    started = time.monotonic()
+
+    run(store, storage, failing_build(OSError(errno.ENOSPC, "No space left on device")), settings=settings)
 
     assert time.monotonic() - started > 0.2
     assert store.get("acme", job.id).state is State.QUEUED
