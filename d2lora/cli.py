@@ -229,7 +229,10 @@ def submit(
     with _client(url, api_key) as client:
 
         def upload(file: DatasetFile) -> str:
-            return client.upload_dataset(file.path, format=file.format, columns=file.columns).id
+            way: dict[str, Any] = {"format": file.format, "columns": file.columns}
+            # A key submits once if the request is the same, which names datasets by their IDs.
+            known = client.find_dataset(file.path, **way) if idempotency_key else None
+            return (known or client.upload_dataset(file.path, **way)).id
 
         dataset_id, *further = [upload(file) for file in rows]
         uploaded = {role: upload(file) for role, file in files.items()}

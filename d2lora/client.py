@@ -34,6 +34,8 @@ _MEDIA_TYPES = {
 _TRIES = 5
 _TRY_AGAIN = {429, 502, 503, 504}
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_CHECKING_SECONDS = 900.0
+"""How long the service may check the rows of an upload before it answers."""
 
 _Answer = TypeVar("_Answer", bound=BaseModel)
 
@@ -49,6 +51,7 @@ class Client:
         self, url: str, *, api_key: str, timeout: float = 60.0, transport: httpx.BaseTransport | None = None
     ) -> None:
         self._http = httpx.Client(base_url=url, timeout=timeout, transport=transport)
+        self._upload_timeout = httpx.Timeout(timeout, read=max(timeout, _CHECKING_SECONDS))
         self._authorization = {"authorization": f"Bearer {api_key}"}
         # Addresses in an answer may lead elsewhere, such as to an object store; the key must not follow.
         self._origin = _origin(httpx.URL(url))
@@ -70,17 +73,55 @@ class Client:
         format: Format | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> Dataset:
-        """Upload a file of rows; ``columns`` maps our column names to the file's."""
+        """Upload a file of rows; ``columns`` maps our column names to the file's.
+
+        When an answer is lost, the dataset may be there already: it is looked for before the file is sent again.
+
+        Raises:
+            ServiceUnreachable: also when the answer is late, and the upload may still arrive.
+        """
         kind = format or Format.of(path)
+        for attempt in range(1, _TRIES + 1):
+            try:
+                return self._upload(path, kind, columns or {})
+            except _AnswerLost as lost:
+                if lost.late:
+                    raise ServiceUnreachable(
+                        f"{path.name}: there is no answer in time; the upload may still arrive, so look for it among "
+                        "the datasets before you repeat it"
+                    ) from lost
+                time.sleep(_pause(attempt))
+                arrived = self.find_dataset(path, format=kind, columns=columns)
+                if arrived is not None:
+                    return arrived
+                if attempt == _TRIES:
+                    raise lost.error from lost
+        raise AssertionError("the last try returns or raises")
+
+    def _upload(self, path: Path, kind: Format, columns: Mapping[str, str]) -> Dataset:
         with path.open("rb") as file:
             response = self._send(
                 "POST",
                 "/v1/datasets",
-                params=[("column", f"{ours}:{theirs}") for ours, theirs in (columns or {}).items()],
+                params=[("column", f"{ours}:{theirs}") for ours, theirs in columns.items()],
                 headers={"content-type": _MEDIA_TYPES[kind]},
                 file=file,
+                timeout=self._upload_timeout,
             )
         return _read(Dataset, response)
+
+    def find_dataset(
+        self, path: Path, *, format: Format | None = None, columns: Mapping[str, str] | None = None
+    ) -> Dataset | None:
+        """Return the oldest dataset that was uploaded from such a file in the same way, if there is one."""
+        kind, mapping = format or Format.of(path), dict(columns or {})
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found = None
+        for dataset in self.datasets():
+            if (dataset.sha256, dataset.format, dataset.columns) == (digest, kind, mapping):
+                found = dataset
+        return found
 
     def datasets(self) -> Iterator[Dataset]:
         """Yield all datasets, newest first."""
@@ -204,7 +245,11 @@ class Client:
     def _send(
         self, method: str, path: str, *, headers: Mapping[str, str] | None = None, file: Any = None, **arguments: Any
     ) -> httpx.Response:
-        """Send a request, again after a pause when the service is away or busy; every verb is safe to repeat."""
+        """Send a request, again after a pause when the service is away or busy; all but uploads are safe to repeat.
+
+        Raises:
+            _AnswerLost: the file may have been taken, so sending it again may store it twice.
+        """
         unsure = False  # an earlier try may have been carried out, and its answer lost
         for attempt in range(1, _TRIES + 1):
             if file is not None:
@@ -215,13 +260,18 @@ class Client:
                     method, path, headers={**(headers or {}), **self._authorization}, content=file, **arguments
                 )
             except httpx.TransportError as error:
-                if last:
-                    raise ServiceUnreachable(f"{self._http.base_url}: {error}") from error
+                away = ServiceUnreachable(f"{self._http.base_url}: {error}")
                 unsure = unsure or not isinstance(error, _NOT_SENT)
+                if unsure and file is not None:
+                    raise _AnswerLost(away, late=isinstance(error, httpx.ReadTimeout)) from error
+                if last:
+                    raise away from error
                 time.sleep(_pause(attempt))
                 continue
             if response.status_code in _TRY_AGAIN and not last:
                 unsure = unsure or response.status_code != httpx.codes.TOO_MANY_REQUESTS
+                if unsure and file is not None:
+                    raise _AnswerLost(_error(response), late=response.status_code == httpx.codes.GATEWAY_TIMEOUT)
                 time.sleep(_pause(attempt, response.headers.get("retry-after")))
                 continue
             if not response.is_success:  # a redirection too: it leads to no answer of ours
@@ -237,6 +287,15 @@ def need_free(directory: Path) -> None:
     """Raise `Conflict` unless an adapter can be pulled there: it does not exist, or is empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise Conflict(f"{directory} exists and is not an empty directory")
+
+
+class _AnswerLost(Exception):
+    """What was sent may have been carried out, and nobody knows."""
+
+    def __init__(self, error: D2LoraError, *, late: bool) -> None:
+        super().__init__(error.detail)
+        self.error = error
+        self.late = late  # it may yet be carried out
 
 
 class _Page(BaseModel):
