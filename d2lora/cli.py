@@ -174,7 +174,10 @@ def init(
 def _run_init(request: dict[str, Any]) -> Result:
     """Run the worker's one shot as a child, show its progress, and return its result."""
     command = [sys.executable, "-m", "worker", "init"]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603  # our own module
+    # In a process group of its own, so that a Ctrl-C reaches it once: from here.
+    child = subprocess.Popen(  # noqa: S603  # our own module
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
+    )
     assert child.stdin is not None
     assert child.stdout is not None
     try:

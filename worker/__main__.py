@@ -144,7 +144,9 @@ def _init(request: dict[str, Any]) -> Result:
             out.rmdir()
         workplace.rename(out)
     except BaseException:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave the directory
         shutil.rmtree(workplace, ignore_errors=True)
+        signal.signal(signal.SIGINT, handler)
         raise
     return result
 

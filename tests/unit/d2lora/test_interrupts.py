@@ -1,0 +1,90 @@
+"""Ctrl-C during ``d2lora init``."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+ROWS = '{"prompt": "a", "completion": "b"}\n'
+
+COUNTING_WORKER = """
+import signal, sys, time
+from pathlib import Path
+
+interrupts = []
+signal.signal(signal.SIGINT, lambda *_: interrupts.append(time.monotonic()))
+sys.stdin.read()
+Path("ready").touch()
+while not interrupts:
+    time.sleep(0.01)
+time.sleep(0.3)
+Path("interrupts").write_text(str(len(interrupts)))
+"""
+
+INTERRUPTED_TWICE = """
+import os, shutil, signal, sys
+import worker.__main__ as entry
+
+class Work:
+    def __init__(self, *_, **__):
+        pass
+
+    def initialize(self, spec, dataset, extras, workplace, on_progress):
+        (workplace / "sums").write_text("x")
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the interrupt comes first")
+
+def remove(*arguments, rmtree=shutil.rmtree, **named):
+    os.kill(os.getpid(), signal.SIGINT)
+    rmtree(*arguments, **named)
+
+entry.RealWork, shutil.rmtree = Work, remove
+sys.exit(entry.init())
+"""
+
+
+def wait_for(path):
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_an_interrupt_from_the_terminal_reaches_the_worker_once(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    (tmp_path / "worker").mkdir()
+    (tmp_path / "worker" / "__init__.py").touch()
+    (tmp_path / "worker" / "__main__.py").write_text(COUNTING_WORKER)
+    command = [sys.executable, "-m", "d2lora.cli", "init", "m", "rows.jsonl", "--out", "adapter"]
+
+    terminal = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "ready")
+    os.killpg(terminal.pid, signal.SIGINT)
+    terminal.communicate(timeout=60)
+
+    assert terminal.returncode == 130
+    assert (tmp_path / "interrupts").read_text() == "1"
+
+
+def test_an_interrupt_during_the_removal_leaves_nothing_behind(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(ROWS)
+    request = {
+        "spec": {"base_model": "m", "dataset_id": "local"},
+        "dataset": {"path": str(rows), "format": "jsonl"},
+        "out": str(tmp_path / "adapter"),
+    }
+
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_TWICE],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+    assert done.returncode == 130, done.stderr
+    assert list(tmp_path.iterdir()) == [rows]
