@@ -9,18 +9,18 @@ import time
 
 ROWS = '{"prompt": "a", "completion": "b"}\n'
 
-COUNTING_WORKER = """
-import signal, sys, time
+WAITING_WORKER = """
+import os, signal, sys, time
 from pathlib import Path
 
 interrupts = []
-signal.signal(signal.SIGINT, lambda *_: interrupts.append(time.monotonic()))
+signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
 sys.stdin.read()
+Path("group").write_text(str(os.getpgrp()))
 Path("ready").touch()
 while not interrupts:
     time.sleep(0.01)
-time.sleep(0.3)
-Path("interrupts").write_text(str(len(interrupts)))
+Path("interrupted").touch()
 """
 
 INTERRUPTED_TWICE = """
@@ -56,7 +56,7 @@ def test_an_interrupt_from_the_terminal_reaches_the_worker_once(tmp_path):
     (tmp_path / "rows.jsonl").write_text(ROWS)
     (tmp_path / "worker").mkdir()
     (tmp_path / "worker" / "__init__.py").touch()
-    (tmp_path / "worker" / "__main__.py").write_text(COUNTING_WORKER)
+    (tmp_path / "worker" / "__main__.py").write_text(WAITING_WORKER)
     command = [sys.executable, "-m", "d2lora.cli", "init", "m", "rows.jsonl", "--out", "adapter"]
 
     terminal = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True)
@@ -65,7 +65,8 @@ def test_an_interrupt_from_the_terminal_reaches_the_worker_once(tmp_path):
     terminal.communicate(timeout=60)
 
     assert terminal.returncode == 130
-    assert (tmp_path / "interrupts").read_text() == "1"
+    assert (tmp_path / "interrupted").exists()
+    assert int((tmp_path / "group").read_text()) != terminal.pid  # whose interrupt would be one more
 
 
 def test_an_interrupt_during_the_removal_leaves_nothing_behind(tmp_path):
