@@ -8,10 +8,12 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import httpx
 import typer
 from rich import print_json
 
@@ -65,6 +67,8 @@ def main() -> None:
         _fail(error, 1)
     except TimeoutError as error:
         _stop(str(error), 4)
+    except OSError as error:  # of which a TimeoutError is one
+        _stop(str(error), 2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -146,6 +150,7 @@ def init(
 ) -> None:
     """Build one adapter on this machine, without a service."""
     _need_rooms("worker")
+    _need_writable(out)
     (file, *others), measuring = _training_files([data, *(dataset or [])], evaluations, column, format)
     files = _extra_files(extras)
     further = [f"local-{number}" for number in range(1, 1 + len(others))]
@@ -224,6 +229,7 @@ def submit(
         if not wait_:
             _stop("--out: the adapter is pulled at the end of the job; give --wait as well", 2)
         need_free(out)  # and not only when the job has run
+        _need_writable(out)
     rows, measuring = _training_files([data, *(dataset or [])], evaluations, column, format)
     files = _extra_files(extras)
     unknown = [f"unknown-{number}" for number in range(1, len(rows))]
@@ -340,7 +346,10 @@ def _client(url: str, api_key: str | None) -> Client:
         _stop(f"no API key: give --api-key, set D2LORA_API_KEY, or run where {DATA_DIR}/api_key is", 2)
     if not (key.isascii() and key.isprintable()):
         _stop("the API key holds what no key can, such as a line break", 2)
-    return Client(url, api_key=key)
+    try:
+        return Client(url, api_key=key)
+    except httpx.InvalidURL as error:
+        _stop(f"--url {url}: {error}", 2)
 
 
 def _training_files(
@@ -367,6 +376,7 @@ def _described(file: DatasetFile) -> dict[str, Any]:
 def _dataset_file(path: Path, columns: list[str] | None, format_: Format | None) -> DatasetFile:
     if not path.is_file():
         _stop(f"there is no file {path}", 2)
+    path.open("rb").close()  # what cannot be read is said at once
     mapping: dict[str, str] = {}
     for pair in columns or []:
         ours, separator, theirs = pair.partition("=")
@@ -376,6 +386,12 @@ def _dataset_file(path: Path, columns: list[str] | None, format_: Format | None)
             _stop(f"--column {pair}: {ours} is mapped to {mapping[ours]} already", 2)
         mapping[ours] = theirs
     return DatasetFile(path, format_ or Format.of(path), mapping)
+
+
+def _need_writable(out: Path) -> None:
+    """Raise OSError unless a directory can be made there."""
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=place).cleanup()
 
 
 def _need_rooms(*names: str) -> None:

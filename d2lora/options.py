@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from d2lora.errors import RequestInvalid
 from d2lora.initializations import InitializationSpec
 from d2lora.roles import Role, with_dataset_ids
 
@@ -145,13 +146,7 @@ def build_spec(
     Raises:
         typer.BadParameter: naming each field at fault.
     """
-    spec_file: Path | None = options["spec"]
-    values: dict[str, Any] = {}
-    if spec_file is not None:
-        try:
-            values = json.loads(spec_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise typer.BadParameter(f"--spec {spec_file}: {error}") from error
+    values = {} if options["spec"] is None else _request(options["spec"])
     given = {name: value for name, value in options.items() if value is not None and name != "spec"}
     lora = {name: given.pop(name) for name in _LORA if name in given}
     if "target_modules" in lora:
@@ -170,9 +165,24 @@ def build_spec(
         named = with_dataset_ids({**values, **given}, extras)
         rows = {"datasets": named_datasets} if further else {"dataset_id": dataset_id}
         return InitializationSpec.model_validate({**named, **rows, "base_model": base_model})
+    except RequestInvalid as error:
+        raise typer.BadParameter(error.detail) from error
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise typer.BadParameter("; ".join(faults)) from error
+
+
+def _request(file: Path) -> dict[str, Any]:
+    """Return the request that a file holds."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"--spec {file}: {error}") from error
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"--spec {file}: must hold one object, the request")
+    if not isinstance(values.get("lora", {}), dict):
+        raise typer.BadParameter(f"--spec {file}: lora must be an object")
+    return values
 
 
 def by_dataset(texts: Sequence[str], datasets: int, option: str) -> list[list[str]]:
@@ -192,13 +202,15 @@ def by_dataset(texts: Sequence[str], datasets: int, option: str) -> list[list[st
 
 
 def _datasets(
-    described: list[dict[str, Any]] | None,
+    described: object,
     ids: Sequence[str],
     objectives: Sequence[Sequence[str]],
     evaluations: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Return a request's ``datasets``; ``described`` is what ``--spec`` says of them, and the options win over it."""
     described = described or [{} for _ in ids]
+    if not (isinstance(described, list) and all(isinstance(one, dict) for one in described)):
+        raise typer.BadParameter("--spec: datasets must be a list of objects")
     if len(described) != len(ids):
         raise typer.BadParameter(f"--spec: datasets has {len(described)} entries, and {len(ids)} files are given")
     named = [{**one, "dataset_id": dataset_id} for one, dataset_id in zip(described, ids, strict=True)]

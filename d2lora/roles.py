@@ -81,7 +81,8 @@ def with_dataset_ids(fields: dict[str, Any], extras: Mapping[Role, str]) -> dict
         place = named
         for name in path:
             inner = place.get(name, {})
-            # A name alone stands for an object of that type.
+            if not isinstance(inner, str | Mapping):
+                raise RequestInvalid(f"{name}: must be an object, or a name that stands for one of that type")
             place[name] = {"type": inner} if isinstance(inner, str) else dict(inner)
             place = place[name]
         place[last] = dataset_id

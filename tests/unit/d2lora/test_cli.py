@@ -151,6 +151,45 @@ def test_a_file_holds_a_request_and_options_win_over_it(tmp_path):
     assert (spec.lora.r, spec.lora.use_rslora, spec.seed, spec.objectives) == (4, True, 5, [Orpo()])
 
 
+@pytest.mark.parametrize(
+    ("content", "given", "said"),
+    [
+        ([], {}, "must hold one object"),
+        ("text", {"r": 4}, "must hold one object"),
+        ({"lora": 5}, {"r": 4}, "lora must be an object"),
+        ({"lora": None}, {"r": 4}, "lora must be an object"),
+        ({"lora": 5}, {}, "lora"),
+        ({"objectives": 5}, {}, "objectives"),
+    ],
+)
+def test_a_file_that_holds_no_request_is_a_usage_error(tmp_path, content, given, said):
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps(content))
+
+    with pytest.raises(typer.BadParameter, match=said):
+        build_spec("m", "ds", options(spec=path, **given))
+
+
+@pytest.mark.parametrize("datasets", [5, {"a": 1}, "ab", [5, {}], [None, None]])
+def test_datasets_of_a_file_that_are_no_objects_are_a_usage_error(tmp_path, datasets):
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps({"datasets": datasets}))
+
+    with pytest.raises(typer.BadParameter, match="datasets"):
+        build_spec("m", "ds_1", options(spec=path), further=["ds_2"])
+    with pytest.raises(typer.BadParameter, match="datasets"):
+        build_spec("m", "ds_1", options(spec=path))
+
+
+@pytest.mark.parametrize("method", [5, [], None])
+def test_a_method_of_a_file_that_is_no_object_is_a_usage_error(tmp_path, method):
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps({"method": method}))
+
+    with pytest.raises(typer.BadParameter, match="method"):
+        build_spec("m", "ds", options(spec=path), {Role.WARMUP: "ds_2"})
+
+
 @pytest.mark.parametrize("given", [{"r": 0}, {"objective": ["ppo"]}, {"objective": ["dpo:beta"]}, {"start": "warm"}])
 def test_a_wrong_option_is_a_usage_error(given):
     with pytest.raises(typer.BadParameter):
@@ -193,6 +232,10 @@ def test_validate_names_the_row_at_fault(rows, tmp_path):
         (["init", "/nowhere", "rows.jsonl", "--out", "out"], 1, "model_not_found"),
         (["init", "/nowhere", "rows.jsonl", "--out", "."], 1, "not an empty directory"),
         (["init", "m", "rows.jsonl", "--out", "out", "--based-on", "none"], 1, "based_on: 'none' has no statistics"),
+        (["init", "m", "rows.jsonl", "--out", "rows.jsonl/out"], 2, "Not a directory"),
+        (["submit", "m", "rows.jsonl", "--wait", "--out", "rows.jsonl/out", "--api-key", "k"], 2, "Not a directory"),
+        (["validate", "/proc/self/mem", "--format", "jsonl"], 2, "Input/output error"),
+        (["status", "init_1", "--api-key", "k", "--url", "http://localhost:abc"], 2, "--url http://localhost:abc: "),
         (["up", "--host", "0.0.0.0"], 2, "--allow-model"),
         (["nonsense"], 2, "No such command"),
     ],
