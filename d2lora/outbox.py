@@ -188,15 +188,16 @@ class Outbox:
             row.cleaned = (row.prefix, row.statistics is not None) == (leftover.kept, leftover.keeps_statistics)
 
     def deleted_datasets(self, *, limit: int = 100) -> list[DeletedDataset]:
-        """Return datasets that were deleted and whose bytes are to be removed."""
+        """Return datasets that were deleted, or announced and never added, and whose bytes are to be removed."""
         with reading(self._engine) as session:
-            query = select(DatasetRow).where(DatasetRow.deleted_at.is_not(None)).order_by(DatasetRow.id).limit(limit)
+            query = select(DatasetRow).where(DatasetRow.deleted_at <= now(session)).order_by(DatasetRow.id).limit(limit)
             return [DeletedDataset(row.id, row.key) for row in session.scalars(query)]
 
     def forget(self, dataset: DeletedDataset) -> None:
         """Forget a deleted dataset whose bytes have been removed."""
         with writing(self._engine) as session:
-            session.execute(delete(DatasetRow).where(DatasetRow.id == dataset.id, DatasetRow.deleted_at.is_not(None)))
+            gone = delete(DatasetRow).where(DatasetRow.id == dataset.id, DatasetRow.deleted_at <= now(session))
+            session.execute(gone)
 
     def census(self) -> Census:
         """Return the counts that the metrics tell."""

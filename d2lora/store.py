@@ -7,7 +7,7 @@ Every public verb is one transaction. What workers do is in `d2lora.leases`, wha
 import hashlib
 import json
 import secrets
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Self
 
 from sqlalchemy import func, select, text
@@ -68,13 +68,33 @@ class Store:
 
     # Datasets
 
-    def add_dataset(self, tenant: str, dataset: Dataset, key: str) -> None:
-        """Remember a dataset whose bytes are stored under ``key``."""
+    def announce_dataset(
+        self, tenant: str, dataset: Dataset, key: str, *, within: timedelta = timedelta(days=1)
+    ) -> None:
+        """Remember where the bytes of a dataset are about to be stored; nobody sees it before `add_dataset`.
+
+        Without that ``within`` this time it counts as deleted, and whatever has been stored is removed.
+        """
         with writing(self._engine) as session:
-            resource = dataset.model_dump(mode="json")
-            session.add(
-                DatasetRow(id=dataset.id, tenant=tenant, created_at=dataset.created_at, resource=resource, key=key)
-            )
+            row = _dataset_row(tenant, dataset, key)
+            row.deleted_at = now(session) + within
+            session.add(row)
+
+    def withdraw_dataset(self, dataset_id: str) -> None:
+        """Let a dataset that was announced, and that will not be added, count as deleted at once."""
+        with writing(self._engine) as session:
+            row = find(session, DatasetRow, dataset_id, with_for_update=True)
+            if row is not None:
+                row.deleted_at = now(session)
+
+    def add_dataset(self, tenant: str, dataset: Dataset, key: str) -> None:
+        """Remember a dataset whose bytes are stored under ``key``; from now on it is seen."""
+        with writing(self._engine) as session:
+            row = find(session, DatasetRow, dataset.id, with_for_update=True)
+            if row is None:
+                session.add(_dataset_row(tenant, dataset, key))
+            else:
+                row.deleted_at = None
 
     def dataset(self, tenant: str, dataset_id: str) -> StoredDataset:
         """Return a dataset; NotFound if this tenant has none of that ID."""
@@ -273,6 +293,11 @@ def _kinds(value: object) -> object:
         return None
     inner = {name: _kinds(item) for name, item in value.items() if isinstance(item, dict | list)}
     return {name: kinds for name, kinds in inner.items() if kinds} | {"type": value.get("type")}
+
+
+def _dataset_row(tenant: str, dataset: Dataset, key: str) -> DatasetRow:
+    resource = dataset.model_dump(mode="json")
+    return DatasetRow(id=dataset.id, tenant=tenant, created_at=dataset.created_at, resource=resource, key=key)
 
 
 def new_id(kind: str, moment: datetime) -> str:

@@ -63,7 +63,8 @@ class DatasetRow(Table):
     key: Mapped[str] = mapped_column(String(512))
     """Where its bytes are in the object storage."""
     deleted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    """Set when nobody may see it any longer; its bytes and this row are removed soon."""
+    """Set when nobody may see it any longer; its bytes and this row are removed soon. In the future while they are on
+    their way, and nobody may see it yet."""
 
     __table_args__ = (Index("ix_datasets_tenant_created_at_id", "tenant", "created_at", "id"),)
 

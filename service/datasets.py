@@ -1,7 +1,7 @@
 """``/v1/datasets``: rows in, checked to the last one before anything is kept."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from d2lora.datasets import Dataset, DatasetFile, DatasetLimits, Format, inspect
 from d2lora.errors import (
     Conflict,
+    D2LoraError,
     DatasetInvalid,
     NotFound,
     RequestInvalid,
@@ -169,10 +170,13 @@ def _keep(tenant: str, file: DatasetFile, store: Store, storage: ObjectStorage, 
         **summary.model_dump(),
     )
     key = dataset_key(tenant, dataset.id)
-    storage.put_file(key, file.path, dataset.sha256)
+    store.announce_dataset(tenant, dataset, key)  # so that its bytes are found, should this process be killed
     try:
+        storage.put_file(key, file.path, dataset.sha256)
         store.add_dataset(tenant, dataset, key)
     except BaseException:
-        storage.delete_prefix(key)
+        with suppress(D2LoraError):  # what cannot be done now, the dispatcher does later
+            store.withdraw_dataset(dataset.id)
+            storage.delete_prefix(key)
         raise
     return dataset

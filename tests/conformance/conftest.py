@@ -82,8 +82,8 @@ def storage(request, tmp_path, monkeypatch):
     return open_storage(StorageSettings(bucket=bucket, endpoint_url=server.url()))
 
 
-def add_dataset(store, tenant="acme", dataset_id="ds_1", content=b"rows"):
-    dataset = Dataset(
+def describe_dataset(dataset_id="ds_1", content=b"rows"):
+    return Dataset(
         id=dataset_id,
         created_at=datetime.now(UTC),
         format="jsonl",
@@ -93,6 +93,10 @@ def add_dataset(store, tenant="acme", dataset_id="ds_1", content=b"rows"):
         sha256=hashlib.sha256(content).hexdigest(),
         objectives=["sft", "dpo", "orpo"],
     )
+
+
+def add_dataset(store, tenant="acme", dataset_id="ds_1", content=b"rows"):
+    dataset = describe_dataset(dataset_id, content)
     store.add_dataset(tenant, dataset, f"t/{tenant}/datasets/{dataset_id}")
     return dataset
 

@@ -11,6 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
+from d2lora.errors import StorageFull, StoreUnavailable
 from d2lora.initializations import HeldOut, Result, ResultFile, ResultSummary
 from d2lora.roles import FIELDS
 from d2lora.scratch import scratch_directory
@@ -140,6 +141,36 @@ def test_a_dataset_that_the_database_refuses_leaves_no_object(app, upload, clien
 
     assert "secret" not in json.dumps(problem)
     assert nothing_is_stored(settings, client)
+
+
+def test_an_upload_is_known_before_it_is_stored_so_that_a_kill_leaves_nothing_for_ever(
+    app, upload, client, settings, monkeypatch
+):
+    def killed(*_arguments):
+        raise StoreUnavailable("away")
+
+    store = app.state.store
+    for verb in ("add_dataset", "withdraw_dataset"):
+        monkeypatch.setattr(store, verb, killed)
+    problem_of(upload(), 503, "store_unavailable")
+    monkeypatch.undo()
+
+    (left,) = [path for path in settings.storage.root.rglob("*") if path.is_file()]
+    assert client.get("/v1/datasets").json()["data"] == []
+    assert store.outbox.deleted_datasets() == []
+    store.withdraw_dataset(left.name)  # as if a day had passed
+    assert [one.key for one in store.outbox.deleted_datasets()] == [str(left.relative_to(settings.storage.root))]
+
+
+def test_an_upload_that_could_not_be_stored_leaves_nothing(app, upload, client, settings, monkeypatch):
+    def full(*_arguments, **_named):
+        raise StorageFull("full")
+
+    monkeypatch.setattr(app.state.storage, "put_file", full)
+    problem_of(upload(), 507, "storage_full")
+
+    assert nothing_is_stored(settings, client)
+    assert len(app.state.store.outbox.deleted_datasets()) == 1
 
 
 def test_a_disk_without_room_for_an_upload_is_said_to_be_full(upload, client, settings, monkeypatch):
