@@ -226,8 +226,8 @@ def targets_of(model):
     return resolve_targets(model, lora_config(model, LoraSpec(r=4), base_model="tiny", revision=None))
 
 
-def text_rows(count, *, seed=1):
-    """Rows whose first token is the only one that is not learned, as of plain text."""
+def text_rows(count, *, seed=5):
+    """Rows whose first token is the only one that is not learned, as of plain text; a plain step worsens this seed's."""
     source = random.Random(seed)
     return [ReferenceRow([source.randrange(3, 97)], [source.randrange(3, 97) for _ in range(12)]) for _ in range(count)]
 
