@@ -100,7 +100,7 @@ def load_same(
     try:
         return load_subject(spec, settings, load, on_progress, kept.index.base)
     except ChecksumMismatch as error:
-        raise _refusal("base_model", f"its weights are not those that {spec.based_on} was made with") from error
+        raise _refusal("base_model", f"its weights or tokenizer are not those that {spec.based_on} was made with") from error
 
 
 def plan_rebuild(

@@ -227,7 +227,7 @@ def targets_of(model):
 
 
 def text_rows(count, *, seed=5):
-    """Rows whose first token is the only one that is not learned, as of plain text; a plain step worsens this seed's."""
+    """Rows as of plain text, whose first token is the only one that is not learned; a plain step worsens this seed's."""
     source = random.Random(seed)
     return [ReferenceRow([source.randrange(3, 97)], [source.randrange(3, 97) for _ in range(12)]) for _ in range(count)]
 
