@@ -100,7 +100,8 @@ def load_same(
     try:
         return load_subject(spec, settings, load, on_progress, kept.index.base)
     except ChecksumMismatch as error:
-        raise _refusal("base_model", f"its weights or tokenizer are not those that {spec.based_on} was made with") from error
+        why = f"its weights, configuration or tokenizer are not those that {spec.based_on} was made with"
+        raise _refusal("base_model", why) from error
 
 
 def plan_rebuild(

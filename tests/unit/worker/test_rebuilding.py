@@ -390,7 +390,9 @@ def test_other_weights_are_refused(dataset, earlier, tmp_path):
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(1.5)
 
-    with pytest.raises(RequestInvalid, match="base_model: its weights are not those that init_1"):
+    with pytest.raises(
+        RequestInvalid, match="base_model: its weights, configuration or tokenizer are not those that init_1"
+    ):
         build(saved(model, tmp_path / "model"), dataset, tmp_path / "rebuilt", base=earlier)
 
 

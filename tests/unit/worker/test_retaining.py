@@ -227,7 +227,7 @@ def targets_of(model):
 
 
 def text_rows(count, *, seed=5):
-    """Rows as of plain text, whose first token is the only one that is not learned; a plain step worsens this seed's."""
+    """Rows whose first token alone is not learned, as of plain text; a plain step worsens those of this seed."""
     source = random.Random(seed)
     return [ReferenceRow([source.randrange(3, 97)], [source.randrange(3, 97) for _ in range(12)]) for _ in range(count)]
 
