@@ -140,7 +140,8 @@ def _inputs_added(
                 return
             (inputs,) = arguments[:1]
             part = Moment.empty(moments[name].test)
-            part.add(inputs[present.to(inputs.device)])
+            tokens = inputs.reshape(present.numel(), -1)  # mixtures of experts flatten them on their way
+            part.add(tokens[present.flatten().to(inputs.device)])
             # All of it or, if memory has run out by now, nothing.
             moments[name].products += part.products
             moments[name].trace += part.trace

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 ROWS = '{"prompt": "a", "completion": "b"}\n'
 
 WAITING_WORKER = """
@@ -43,6 +45,14 @@ def remove(*arguments, rmtree=shutil.rmtree, **named):
 entry.RealWork, shutil.rmtree = Work, remove
 sys.exit(entry.init())
 """
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """What runs in the background has interrupts ignored, and so would the processes that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def wait_for(path):
