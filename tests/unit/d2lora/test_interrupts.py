@@ -69,10 +69,13 @@ def test_an_interrupt_from_the_terminal_reaches_the_worker_once(tmp_path):
     (tmp_path / "worker" / "__main__.py").write_text(WAITING_WORKER)
     command = [sys.executable, "-m", "d2lora.cli", "init", "m", "rows.jsonl", "--out", "adapter"]
 
-    terminal = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    wait_for(tmp_path / "ready")
-    os.killpg(terminal.pid, signal.SIGINT)
-    terminal.communicate(timeout=60)
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True) as terminal:
+        try:
+            wait_for(tmp_path / "ready")
+            os.killpg(terminal.pid, signal.SIGINT)
+            terminal.communicate(timeout=60)
+        finally:
+            terminal.kill()
 
     assert terminal.returncode == 130
     assert (tmp_path / "interrupted").exists()
