@@ -41,7 +41,7 @@ class Protocol(Frozen):
     beta: float = 0.1
     """Of DPO and ORPO."""
     autocast: bool = False
-    """Whether training and measuring multiply matrices in bfloat16; starts are computed in float32 all the same."""
+    """Whether training and measuring multiply matrices in bfloat16. Jobs of ours do too then; PEFT's starts do not."""
 
     def measured_at(self) -> list[int]:
         """Return the steps at which losses are measured: dense at the start, where initializations differ."""

@@ -116,6 +116,7 @@ def _ours(
         lora=LoraSpec(r=work.protocol.r, lora_alpha=work.protocol.lora_alpha, ranks=ranks),
         max_length=work.protocol.max_length,
         seed=work.seed,
+        dtype="bfloat16" if work.protocol.autocast else "auto",
         **options,
     )
     file = _file(work.directory / "rows.jsonl", work.rows)
