@@ -110,7 +110,7 @@ class Places(Frozen):
     questions: Path | None = None
     """A file of multiple-choice rows (instruction, answer) of no task that is trained, for forgetting too."""
     starts: Path | None = None
-    """Where delivered files of ours are kept, for the learning rates to share; None keeps none."""
+    """Where starts that cost much are kept, for the learning rates to share; None keeps none."""
 
 
 class Plan(Frozen):

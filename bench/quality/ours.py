@@ -1,21 +1,17 @@
 """Our initializer in its variants, run from files to files as the worker runs it, and a control of its magnitude."""
 
-import contextlib
 import hashlib
 import json
-import shutil
-import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 
 from bench.quality.datasets import Row
 from bench.quality.grid import code_identity, digest, model_identity
+from bench.quality.kept import kept
 from bench.quality.peft_starts import MethodFailed, layers, random_start, scaled
 from bench.quality.starts import Start, Work
 from d2lora.datasets import DatasetFile, Format
@@ -24,9 +20,6 @@ from d2lora.methods import Warmup
 from d2lora.roles import Role
 from d2lora.settings import WorkerSettings
 from worker.initialization import initialize
-
-_ABOUT = "about.json"
-"""What `_ours` says of a start, beside its files."""
 
 
 def ours_calibrated(work: Work) -> Start:
@@ -121,20 +114,14 @@ def _ours(
     )
     file = _file(work.directory / "rows.jsonl", work.rows)
     files = {role: _file(work.directory / f"{role}.jsonl", rows) for role, rows in extras.items()}
-    place = (work.kept or work.directory) / _request(spec, work.model, [file, *files.values()])
-    if not place.exists():
-        out = work.directory / "adapter"
-        out.mkdir()
-        began, began_cpu = time.perf_counter(), time.process_time()
+
+    def make(out: Path) -> dict[str, Any]:
         result = initialize(spec, file, files, out=out, settings=WorkerSettings(), on_progress=lambda *_: None)
-        cost = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - began_cpu}
-        about = {"start": result.summary.start, "weights": result.summary.weights}
-        (out / _ABOUT).write_text(json.dumps(about | {name: round(value, 3) for name, value in cost.items()}))
-        _keep(out, place)
-    about = json.loads((place / _ABOUT).read_text())
-    model = PeftModel.from_pretrained(work.base, str(place), is_trainable=True)
-    wanted = {name: scaled(layer).norm().item() for name, layer in layers(model).items()}
-    return Start(model, about | {"magnitude": _magnitude(wanted)})
+        return {"start": result.summary.start, "weights": result.summary.weights}
+
+    start = kept(work, _request(spec, work.model, [file, *files.values()]), make)
+    wanted = {name: scaled(layer).norm().item() for name, layer in layers(start.model).items()}
+    return Start(start.model, start.about | {"magnitude": _magnitude(wanted)})
 
 
 def _request(spec: InitializationSpec, model: str, files: list[DatasetFile]) -> str:
@@ -142,15 +129,6 @@ def _request(spec: InitializationSpec, model: str, files: list[DatasetFile]) -> 
     request = spec.model_copy(update={"base_model": model_identity(model)}).model_dump_json()
     parts = [request, code_identity("ours"), digest(file.path for file in files)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
-
-
-def _keep(out: Path, place: Path) -> None:
-    """Put the files in place in one move, so that whoever is killed leaves none or all of them."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as beside:
-        whole = shutil.copytree(out, Path(beside) / "start")
-        with contextlib.suppress(OSError):  # another cell was there first, with the same files
-            whole.rename(place)
 
 
 def _file(path: Path, rows: list[Row]) -> DatasetFile:

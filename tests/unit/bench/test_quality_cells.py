@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from bench.quality import ours, running
+from bench.quality import ours, peft_starts, running
 from bench.quality.cell import load, run
 from bench.quality.choices import Question, questions, right_answers
 from bench.quality.datasets import read, splits
 from bench.quality.encoding import encode, fits
 from bench.quality.grid import Plan
+from bench.quality.initializers import INITIALIZERS
 from bench.quality.measuring import Held, mean_loss, score_all
 from bench.quality.running import run_plans
 from bench.quality.smoke import smoke_plans, write_smoke_places
+from bench.quality.starts import Start
 from bench.quality.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's and its dependencies' own
@@ -109,13 +111,18 @@ def test_rows_of_a_task_are_split_into_parts_that_share_nothing(places):
     assert not (texts[1] & texts[2])
 
 
-def test_learning_rates_share_a_start_and_what_it_cost(cells, places, tmp_path, monkeypatch):
-    cell = cells["titles", "ours_calibrated"]
+@pytest.mark.parametrize(
+    ("initializer", "module", "maker"), [("ours_calibrated", ours, "initialize"), ("eva", peft_starts, "eva")]
+)
+def test_learning_rates_share_a_start_and_what_it_cost(
+    cells, places, tmp_path, monkeypatch, initializer, module, maker
+):
+    cell = cells["titles", "ours_calibrated"].model_copy(update={"initializer": initializer})
     places = places.model_copy(update={"starts": tmp_path / "starts"})
     alone = run(cell, places.model_copy(update={"starts": None}))
 
     once = run(cell, places)
-    monkeypatch.setattr(ours, "initialize", None)
+    monkeypatch.setattr(module, maker, None)
     shared = run(cell.model_copy(update={"learning_rate": 1e-3}), places)
 
     assert alone["curve"][0]["loss"] == once["curve"][0]["loss"] == shared["curve"][0]["loss"]
@@ -124,6 +131,17 @@ def test_learning_rates_share_a_start_and_what_it_cost(cells, places, tmp_path, 
     assert once["initialization"]["cpu_seconds"] > 0
     with pytest.raises(TypeError):  # other rows are another start
         run(cell.model_copy(update={"seed": 1}), places)
+
+
+def test_a_kept_start_of_eva_trains_as_pefts_own(cells, places, monkeypatch):
+    cell = cells["titles", "vanilla"].model_copy(update={"initializer": "eva"})
+    kept = run(cell, places)
+    monkeypatch.setitem(INITIALIZERS, "eva", lambda work: Start(peft_starts.eva(work), {}))
+
+    own = run(cell, places)
+
+    losses = lambda record: [point["loss"] for point in record["curve"]]
+    assert losses(kept) == losses(own)
 
 
 def test_what_is_there_is_not_run_again(plan, places, tmp_path, monkeypatch, capsys):
