@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bench.quality.aims import aims, ours_in
 from bench.quality.cell import Record
 from bench.quality.grid import Cell
 from bench.quality.plots import draw_curves, draw_forgetting, draw_sizes, draw_steps
@@ -101,6 +102,12 @@ def _section(group: Entry, records: Sequence[Record], directory: Path) -> Iterat
     if "length_accuracy" in entries[0]:
         yield ""
         yield f"Calling the longer completion the chosen one would score {entries[0]['length_accuracy']:.3f}."
+    if ours := ours_in(entries):
+        yield ""
+        yield from _table(
+            ("aim", *(entry["initializer"] for entry in ours)),
+            [(aim, *verdicts) for aim, verdicts in aims(entries)],
+        )
     for name, reason in group["could_not_start"].items():
         yield ""
         yield f"{name} could not start: {reason}."
@@ -120,6 +127,7 @@ def _measures(entries: Sequence[Entry]) -> dict:
         "forgetting": "rise of loss on general text",
         "forgetting_at_target": "the same at vanilla's best loss",
         "accuracy": "preference accuracy",
+        "steps_to_accuracy": "steps to vanilla's accuracy",
         "margin": "margin to the base",
         "exact_match_chosen": "exact match",
         "exact_match_last": "exact match, last step",
@@ -133,7 +141,8 @@ def _measures(entries: Sequence[Entry]) -> dict:
     def column(key: str):  # noqa: ANN202  # a formatter
         def shown(entry: Entry) -> str:
             interval = entry.get(f"{key}_difference")
-            return _number(entry[key], 3) + (f"; {_interval(interval)}" if interval else "")
+            digits = 1 if key.startswith("steps") else 3
+            return _number(entry[key], digits) + (f"; {_interval(interval)}" if interval else "")
 
         return shown
 

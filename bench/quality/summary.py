@@ -121,6 +121,13 @@ def _entry(name: str, runs: Sequence[Record], choice: Choice, vanilla: Sequence[
             own, other = ([at_step(r, c.step, what) for r in rs] for rs, c in ((runs, choice), (vanilla, theirs)))
             entry[what] = _mean(own)
             entry[f"{what}_difference"] = _difference(own, other)
+    if "accuracy" in entry:
+        goals = [at_step(run, theirs.step, "accuracy") for run in vanilla]
+        risen = [
+            first_reach([(x, -y) for x, y in curve(run, "accuracy")], -goal)
+            for run, goal in zip(runs, goals, strict=True)
+        ]
+        entry["steps_to_accuracy"] = _or_none(median(risen))
     if "general_loss" in runs[0]["curve"][0]:
         entry |= _forgetting(runs, choice, vanilla, theirs, reached)
     return entry | _written(runs, choice, vanilla, theirs)

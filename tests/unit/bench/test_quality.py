@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from bench.quality import grid
+from bench.quality.aims import aims
 from bench.quality.choosing import choose
 from bench.quality.curves import first_reach, mean_height, median, paired_interval, value_at
 from bench.quality.datasets import general_rows, in_batches, splits
@@ -276,6 +277,44 @@ def test_a_loss_that_vanilla_reaches_and_others_do_not_is_said():
 
     assert ours["steps_to_target"] is None
     assert (ours["reached"], ours["seeds"]) == (0, 1)
+
+
+def test_the_page_says_which_aims_are_reached():
+    figures = {"forgetting_at_target": 0.01, "rouge_l_last": 0.3, "steps_to_accuracy": 4.0}
+    vanilla, ours = both({0: 3.0, 2: 1.0, 4: 1.5})
+    worse = ours | {"initializer": "ours_worse", "step_0_covers": 0.49, "best_loss": 2.1, "steps_to_target": None}
+    worse |= {"forgetting_at_target": 0.02, "rouge_l_last": 0.31, "steps_to_accuracy": 2.1}
+    better = ours | {"forgetting_at_target": 0.01, "rouge_l_last": 0.33, "steps_to_accuracy": 2.0}
+    eva = vanilla | {"initializer": "eva", "best_loss": 2.05, "steps_to_target": 1.5}
+    slow = eva | {"initializer": "lora_ga", "steps_to_target": None}
+
+    verdicts = dict(aims([vanilla | figures, better, worse, slow, eva]))
+
+    assert verdicts == {
+        "half of the way to vanilla's best loss at step 0": ["50%, reached", "49%, missed"],
+        "vanilla's best loss in half of its steps, 1": ["1.0, reached", "missed, not reached"],
+        "as soon as the best of PEFT's, 1.5": ["1.0, reached", "missed, not reached"],
+        "a best loss below all others', 2.000 (vanilla)": ["1.000, reached", "2.100, missed"],
+        "ROUGE-L 0.02 above vanilla's at the last step, 0.320": ["0.330, reached", "0.310, missed"],
+        "vanilla's preference accuracy in half of its steps, 2": ["2.0, reached", "2.1, missed"],
+        "at vanilla's best loss, general text no worse than with it, +0.010": ["+0.010, reached", "+0.020, missed"],
+    }
+
+
+def test_steps_to_an_accuracy_end_where_it_first_rises_to_vanillas():
+    def by_preference(name, accuracies):
+        run = record({0: 4.0, 2: 2.0, 4: 2.5}, of=cell(name, phase="test", chosen_step=2))
+        for point, accuracy in zip(run["curve"], accuracies, strict=True):
+            point["accuracy"] = accuracy
+        return run
+
+    choices = choose([record({0: 4.0, 2: 2.0, 4: 2.5}, of=cell(name)) for name in ("vanilla", "ours")])
+    runs = [by_preference("vanilla", [0.5, 0.7, 0.6]), by_preference("ours", [0.6, 0.8, 0.9])]
+
+    vanilla, ours = summarize(runs, choices, [], command="c")["groups"][0]["entries"]
+
+    assert vanilla["steps_to_accuracy"] == 2.0
+    assert ours["steps_to_accuracy"] == pytest.approx(1.0)
 
 
 def test_other_batches_than_vanillas_are_no_comparison():
