@@ -90,7 +90,7 @@ class Client:
                         f"{path.name}: there is no answer in time; the upload may still arrive, so look for it among "
                         "the datasets before you repeat it"
                     ) from lost
-                time.sleep(_pause(attempt))
+                time.sleep(_pause(attempt, lost.retry_after))
                 arrived = self.find_dataset(path, format=kind, columns=columns)
                 if arrived is not None:
                     return arrived
@@ -269,10 +269,12 @@ class Client:
                 time.sleep(_pause(attempt))
                 continue
             if response.status_code in _TRY_AGAIN and not last:
+                retry_after = response.headers.get("retry-after")
                 unsure = unsure or response.status_code != httpx.codes.TOO_MANY_REQUESTS
                 if unsure and file is not None:
-                    raise _AnswerLost(_error(response), late=response.status_code == httpx.codes.GATEWAY_TIMEOUT)
-                time.sleep(_pause(attempt, response.headers.get("retry-after")))
+                    late = response.status_code == httpx.codes.GATEWAY_TIMEOUT
+                    raise _AnswerLost(_error(response), late=late, retry_after=retry_after)
+                time.sleep(_pause(attempt, retry_after))
                 continue
             if not response.is_success:  # a redirection too: it leads to no answer of ours
                 problem = _error(response)
@@ -292,10 +294,11 @@ def need_free(directory: Path) -> None:
 class _AnswerLost(Exception):
     """What was sent may have been carried out, and nobody knows."""
 
-    def __init__(self, error: D2LoraError, *, late: bool) -> None:
+    def __init__(self, error: D2LoraError, *, late: bool, retry_after: str | None = None) -> None:
         super().__init__(error.detail)
         self.error = error
         self.late = late  # it may yet be carried out
+        self.retry_after = retry_after
 
 
 class _Page(BaseModel):

@@ -96,6 +96,18 @@ def test_an_upload_that_nobody_took_is_sent_again_unseen(rows, outcome):
         assert client.upload_dataset(rows).id == "ds_2"
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_an_upload_waits_as_long_as_the_service_asks_for(rows, monkeypatch, status):
+    asked = []
+    monkeypatch.setattr("d2lora.client._pause", lambda _, retry_after=None: asked.append(retry_after) or 0)
+    service = Service(httpx.Response(status, headers={"retry-after": "7"}))
+
+    with service.client() as client:
+        assert client.upload_dataset(rows).id == "ds_2"
+
+    assert asked == ["7"]
+
+
 @pytest.mark.parametrize("late", [httpx.ReadTimeout("late"), httpx.Response(504)])
 def test_an_upload_whose_answer_is_late_is_not_sent_again(rows, late):
     service = Service(late)
