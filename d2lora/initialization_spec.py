@@ -140,8 +140,8 @@ class InitializationSpec(Frozen):
         default=1,
         ge=1,
         le=16,
-        description="steps at most; each further one has statistics of its own, gathered at the adapter so far in as "
-        "many passes as there are folds, and is kept only if held-out rows support it",
+        description="steps at most; each further one has statistics of its own, gathered at the adapter so far and, "
+        "for every fold of rows that judges it, without these, and is kept only if they support it",
     )
     max_length: int = Field(default=1024, ge=2, description="tokens of prompt and completion together")
     max_tokens_per_batch: int | None = Field(default=None, ge=1, description="the worker's setting when omitted")

@@ -39,8 +39,8 @@ from worker.sketch_files import load as load_statistics
 from worker.statistics import Statistics, gather
 from worker.units import OnProgress
 
-JUDGING_ROWS = 64
-"""Rows that judge a further round, if there are so many; more of them would cost a pass per fold."""
+JUDGING_ROWS = 32
+"""Rows that judge a further round, if there are so many; more of them would cost a pass per fold (docs/log.md)."""
 
 DirectionOf = Callable[[Statistics, tuple[Basis, ...]], tuple[Mixture, Direction]]
 """Combines the objectives of one pass's sums, and cuts to rank r; NumericalFailure if there is no direction."""
