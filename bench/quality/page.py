@@ -18,8 +18,9 @@ Differences are to vanilla LoRA, seed by seed, with 95 % Student intervals over 
 so (a row's difference averaged over seeds; it leaves out what other training rows would change). PiSSA, OLoRA and
 LoRA-GA train on a changed copy of the base, as PEFT gives them. A preference's reference is the unmodified base model
 for every initializer. Seconds are those of a machine with other work, and only say roughly what a start costs; an
-initialization's seconds include whatever it loads. Aims are judged by the means in the tables; whether a difference is
-more than chance is in the intervals."""
+initialization's seconds include whatever it loads. With ``--autocast`` training, measuring and jobs of ours multiply in
+bfloat16, and PEFT's starts in float32. Aims are judged by the means in the tables; whether a difference is more than
+chance is in the intervals."""
 
 
 def write_page(summary: Entry, records: Sequence[Record], directory: Path) -> None:
