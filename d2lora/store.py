@@ -123,9 +123,11 @@ class Store:
                 raise NotFound(f"there is no dataset {dataset_id!r}")
             job = InitializationRow
             jobs = select(job).where(job.tenant == tenant)
+            # These first: one that ends meanwhile is then seen here, or there with what it keeps.
+            live = list(session.scalars(jobs.where(job.state.not_in([state for state in State if state.is_terminal]))))
             keeping = jobs.where(job.statistics.is_not(None)).order_by(job.id).with_for_update()
             affected = {one.id: one for one in session.scalars(keeping) if _mentions(one.spec, dataset_id)}
-            for one in session.scalars(jobs.where(job.state.not_in([state for state in State if state.is_terminal]))):
+            for one in live:
                 if _mentions(one.spec, dataset_id) or one.spec.get("based_on") in affected:
                     raise Conflict(f"dataset {dataset_id} is in use by {one.id}; cancel that one, or wait for its end")
             for one in affected.values():

@@ -1,9 +1,11 @@
 """Statistics that a job keeps, and what is deleted with a dataset."""
 
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
 
+import d2lora.store
 from d2lora.claims import StoredFile, StoredStatistics
 from d2lora.errors import Conflict, NotFound
 from d2lora.initializations import InitializationSpec
@@ -163,3 +165,23 @@ def test_statistics_expire_with_the_adapter(store, kept):
     assert state_of(store, kept) is State.EXPIRED
     assert store.get("acme", kept.id).statistics is None
     assert [one.kept for one in store.outbox.leftovers(settled_for=LEASE)] == [None]
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)  # SQLite has one writer at a time
+def test_a_job_that_ends_while_its_dataset_is_deleted_keeps_no_statistics_of_it(store, kept, monkeypatch):
+    job, _ = store.create("acme", kept.spec)
+    held = claim(store)
+
+    def succeed_meanwhile(*arguments):
+        if state_of(store, job) is State.RUNNING:
+            assert store.leases.succeed(held, RESULT, "other/", statistics_below("other/"))
+        return mentions(*arguments)
+
+    mentions = d2lora.store._mentions
+    monkeypatch.setattr(d2lora.store, "_mentions", succeed_meanwhile)
+    with suppress(Conflict):
+        store.delete_dataset("acme", "ds_1")
+
+    deleted = store.datasets("acme", limit=10)[0] == []
+    keeping = [one.id for one in store.page("acme", limit=10)[0] if one.statistics is not None]
+    assert (deleted, len(keeping)) in {(True, 0), (False, 2)}
