@@ -243,11 +243,14 @@ class Leases:
     # Shards
 
     def split(self, claim: Claim, plan: Plan, shards: Sequence[tuple[StatisticsTask, StoredFile]]) -> bool:
-        """Cut a job into shards, which any worker may take from now on; False if the claim is lost."""
+        """Cut a job into shards, which any worker may take from now on; False if the claim is lost.
+
+        Saying it again is no error, as with `succeed`.
+        """
         with writing(self._engine) as session:
             row = _held(session, claim)
             if row is None:
-                return False
+                return session.get_one(InitializationRow, claim.id).plan == plan.model_dump(mode="json")
             if row.state == State.CANCELLING:
                 move(session, row, State.CANCELLED)
                 return False
@@ -259,11 +262,15 @@ class Leases:
             return True
 
     def finish_shard(self, claim: ShardClaim, outcome: Outcome) -> bool:
-        """Settle a shard; the last one makes its job free for the build. False if the claim is lost."""
+        """Settle a shard; the last one makes its job free for the build. False if the claim is lost.
+
+        Saying it again is no error, as with `succeed`.
+        """
         with writing(self._engine) as session:
             row = _job_held_by(session, claim)
             if row is None:
-                return False
+                again = session.get(ShardRow, (claim.id, claim.number))
+                return again is not None and _is_of(again, claim) and again.outcome is not None
             shard = _shard(session, claim)
             shard.outcome = outcome.model_dump(mode="json")
             shard.worker = shard.lease_until = None
@@ -352,9 +359,12 @@ def _is_shard_held(job: InitializationRow | None, shard: ShardRow | None, claim:
     if job is None or shard is None or job.state != State.RUNNING:
         return False
     useful = shard.kind == "statistics" or shard.made_by == job.attempt
+    return useful and _is_of(shard, claim) and shard.worker is not None
+
+
+def _is_of(shard: ShardRow, claim: ShardClaim) -> bool:
     # Numbers and attempts begin anew when a job is cut anew.
-    same = (shard.made_by, shard.attempt) == (claim.made_by, claim.attempt)
-    return useful and same and shard.worker is not None
+    return (shard.made_by, shard.attempt) == (claim.made_by, claim.attempt)
 
 
 def _job_held_by(session: Session, claim: Claim | ShardClaim) -> InitializationRow | None:

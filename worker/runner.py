@@ -219,7 +219,8 @@ class Runner:
                 return self._settle(lambda: self.leases.hand_back(claim, pause=pause), "handed_back")
             case FormatMismatch():
                 return self._settle(lambda: self.leases.restart(claim), "restarted")
-            case ShardGone() if claim.attempt < outages:
+            # A shard's own attempts begin anew with the job.
+            case ShardGone() if (claim.made_by if isinstance(claim, ShardClaim) else claim.attempt) < outages:
                 return self._settle(lambda: self.leases.restart(claim), "restarted")
             case ModelUnavailable():  # a wrong ID looks the same where the hub is out of reach for good
                 outages = self.settings.max_attempts

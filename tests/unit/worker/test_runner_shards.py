@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from d2lora.errors import DeviceFailure, FormatMismatch, FormatOutdated, NumericalFailure
+from d2lora.errors import DeviceFailure, FormatMismatch, FormatOutdated, NumericalFailure, StoreUnavailable
 from d2lora.initializations import Phase, State
 from d2lora.shards import EvaluationTask, StatisticsTask
 from tests.unit.worker.test_runner import SETTINGS, job, storage, store, write_result  # noqa: F401
@@ -283,3 +283,34 @@ def test_what_a_lost_shard_stores_late_does_not_stay(store, storage, job, runner
     replace(runner, work=ShardedWork(on_shard=cancel)).run_next()
 
     assert {path for path in storage._root.rglob("*") if path.is_file()} == before
+
+
+def test_a_storage_that_loses_every_cut_fails_the_job_in_the_end(store, storage, job, runner):  # noqa: F811
+    settings = SETTINGS.model_copy(update={"max_outage_attempts": 3})
+    runner = replace(runner, settings=settings)
+
+    units = 0
+    while runner.run_next() and units < 50:
+        units += 1
+        storage.delete_prefix(f"t/acme/initializations/{job.id}/shards/")
+
+    done = store.get("acme", job.id)
+    assert (done.state, done.attempt) == (State.FAILED, 3)
+    assert done.error.code == "shard_gone"
+
+
+@pytest.mark.parametrize("verb", ["split", "finish_shard"])
+def test_a_database_that_breaks_off_a_commit_that_happened_loses_no_shard(store, job, runner, verb, monkeypatch):  # noqa: F811
+    settle, calls = getattr(store.leases, verb), []
+
+    def flaky(*arguments):
+        calls.append(arguments)
+        settled = settle(*arguments)
+        if len(calls) == 1:
+            raise StoreUnavailable("away")
+        return settled
+
+    monkeypatch.setattr(store.leases, verb, flaky)
+
+    assert drain(runner) == 1 + SHARDS + 1
+    assert types_of(store, job) == ["queued", "running", "split", "gathered", "running", "succeeded"]
