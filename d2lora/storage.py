@@ -6,6 +6,7 @@ has a prefix of its own, so a worker that was given up on can never overwrite it
 """
 
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -94,7 +95,7 @@ class LocalStorage:
         target = self._path(key)
         with _translated(key):
             target.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".")
+            descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=_unfinished(target))
             temporary = Path(name)
             try:
                 with os.fdopen(descriptor, "wb") as output, path.open("rb") as source:
@@ -144,6 +145,9 @@ class LocalStorage:
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
+                # What a writer that was killed in the middle has left is no object, and holds rows all the same.
+                for left in target.parent.glob(f"{glob.escape(_unfinished(target))}*"):
+                    left.unlink(missing_ok=True)
 
     def sign(self, key: str, expires: timedelta) -> str | None:  # noqa: ARG002  # the protocol's
         """Return None: files have no address of their own."""
@@ -160,6 +164,11 @@ class LocalStorage:
         path = (self._root / key).resolve()
         assert path.is_relative_to(self._root.resolve()), f"key {key!r} leaves the root"
         return path
+
+
+def _unfinished(target: Path) -> str:
+    """Return what the names of a file begin with until all of it is there."""
+    return f".{target.name}-"
 
 
 @contextmanager

@@ -1,4 +1,6 @@
 import hashlib
+import subprocess
+import sys
 import threading
 from datetime import timedelta
 
@@ -199,7 +201,7 @@ def test_objects_that_the_store_keeps_are_not_said_to_be_removed(storage, file, 
         storage.delete_prefix("t/acme/")
 
 
-@pytest.mark.parametrize("storage", ["s3"], indirect=True)  # files appear whole
+@pytest.mark.parametrize("storage", ["s3"], indirect=True)
 def test_an_upload_that_was_killed_in_the_middle_is_removed_with_its_prefix(storage):
     started = storage._client.create_multipart_upload(Bucket=storage._bucket, Key="t/acme/x/shards/sums")
     part = {"Bucket": storage._bucket, "Key": "t/acme/x/shards/sums", "UploadId": started["UploadId"]}
@@ -208,3 +210,27 @@ def test_an_upload_that_was_killed_in_the_middle_is_removed_with_its_prefix(stor
     storage.delete_prefix("t/acme/x/shards/")
 
     assert not storage._client.list_multipart_uploads(Bucket=storage._bucket).get("Uploads")
+
+
+@pytest.mark.parametrize("storage", ["local"], indirect=True)
+@pytest.mark.parametrize("key", [KEY, "t/acme/x/shards/sums"])
+def test_a_file_whose_writer_was_killed_in_the_middle_is_removed_with_its_key(storage, file, key):
+    script = f"""
+import os
+from pathlib import Path
+from d2lora.storage import LocalStorage
+
+os.fsync = lambda _: os._exit(9)
+LocalStorage(Path({str(storage._root)!r})).put_file({key!r}, Path({str(file)!r}), {SHA!r})
+"""
+    storage.put_file(f"{KEY}0", file, SHA)
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert len(files_below(storage._root)) == 2
+
+    storage.delete_prefix(key)
+
+    assert files_below(storage._root) == [f"{KEY}0"]
+
+
+def files_below(root):
+    return [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
