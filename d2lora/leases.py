@@ -4,6 +4,7 @@ Every public verb is one transaction. Verbs on a claim say whether it still coun
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -25,7 +26,7 @@ from d2lora.claims import (
 )
 from d2lora.database import now, reading, writing
 from d2lora.errors import Problem, WorkerLost
-from d2lora.initializations import InitializationSpec, Progress, Result, State
+from d2lora.initializations import Progress, Result, State
 from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
 from d2lora.tables import InitializationRow, ShardRow
 from d2lora.transitions import add_event, free_job, free_shard, lock, move, wake
@@ -92,13 +93,13 @@ class Leases:
                     _give_up(session, job, shard.failures)
                     continue
                 try:
-                    InitializationSpec.model_validate(job.spec)
+                    claim = shard_claim_of(job, shard)
                 except ValidationError:  # a newer version's, which is for a newer worker
                     shard.worker, shard.lease_until = None, moment + lease / 3
                     continue
                 shard.attempt += 1
                 shard.worker, shard.lease_until, shard.rows_done = worker, moment + lease, 0
-                return shard_claim_of(job, shard)
+                return replace(claim, attempt=shard.attempt)
 
     def _claim_job(
         self,
@@ -127,7 +128,7 @@ class Leases:
                     _give_up(session, row, row.failures)
                     continue
                 try:
-                    InitializationSpec.model_validate(row.request)
+                    claim = claim_of(session, row)
                 except ValidationError:  # a newer version's, which is for a newer worker
                     row.worker, row.lease_until = None, now(session) + lease / 3
                     continue
@@ -135,7 +136,7 @@ class Leases:
                 # Not the moment above: the wait for the row must not shorten the lease.
                 row.worker, row.lease_until, row.progress = worker, now(session) + lease, None
                 move(session, row, State.RUNNING)
-                return claim_of(session, row)
+                return replace(claim, attempt=row.attempt)
 
     # Keeping
 

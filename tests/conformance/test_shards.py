@@ -1,12 +1,15 @@
+import json
 import threading
 from datetime import timedelta
 
+import pytest
 from sqlalchemy import text
 
 from d2lora.claims import Claim, Outcome, Plan, ShardClaim, Stage, Standing, StoredFile
 from d2lora.errors import NumericalFailure
 from d2lora.initializations import Phase, Progress, State
 from d2lora.shards import EvaluationTask, StatisticsTask
+from tests.conformance.conftest import add_dataset
 from tests.conformance.test_store import LEASE, OVER, PROBLEM, RESULT, state_of, types_of
 
 PLAN = Plan(name="plan.json", key="k/plan.json", sha256="0" * 64, rows=30)
@@ -71,7 +74,7 @@ def test_the_worker_that_split_a_job_holds_it_no_longer(store, spec):
 
     assert store.leases.renew(held, lease=LEASE) is Standing.LOST
     assert not store.leases.succeed(held, RESULT, "prefix/")
-    assert not store.leases.split(held, PLAN, [])
+    assert not store.leases.split(held, PLAN.model_copy(update={"key": "k/other/plan.json"}), [])
 
 
 def test_a_shard_whose_worker_died_is_taken_again_and_the_late_one_changes_nothing(store, spec):
@@ -297,3 +300,23 @@ def test_a_request_of_a_newer_version_is_left_to_a_newer_worker_and_blocks_nobod
     assert take(store) is None
     assert store.get("acme", newer.id).state is State.QUEUED
     assert len(store.page("acme", limit=10)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("table", "column"), [("datasets", "resource"), ("initializations", "plan"), ("shards", "task")]
+)
+def test_what_a_newer_version_has_stored_of_a_job_is_left_to_it_and_blocks_nobody(store, spec, table, column):
+    newer = store.create("acme", spec)[0] if table == "datasets" else split(store, spec)
+    if column == "plan":
+        for shard in [take(store) for _ in range(3)]:
+            finish(store, shard)
+    with store._engine.begin() as connection:
+        before = json.loads(connection.exec_driver_sql(f"SELECT CAST({column} AS TEXT) FROM {table}").scalars().first())
+        stored = {"stored": json.dumps(before | {"field_of_the_future": 1})}
+        connection.execute(text(f"UPDATE {table} SET {column} = :stored"), stored)
+    add_dataset(store, dataset_id="ds_2")
+    job, _ = store.create("acme", spec.model_copy(update={"dataset_id": "ds_2"}))
+
+    assert take(store).id == job.id
+    assert take(store) is None
+    assert store.get("acme", newer.id).attempt == (0 if table == "datasets" else 1)
