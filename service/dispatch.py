@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _AWAY_SECONDS = 1.0
 _FAILURES = 3
-"""Jobs whose files cannot be removed, one after another, before tidying waits for better times."""
+"""Jobs and datasets whose files cannot be removed before tidying waits for better times."""
 
 
 class Dispatcher:
@@ -50,10 +50,10 @@ class Dispatcher:
                     led = time.monotonic()
                 if not self.leads:
                     continue
-                self.publish()
                 if time.monotonic() - reconciled > self._settings.reconcile_seconds:
                     reconciled = time.monotonic()
                     self.reconcile()
+                self.publish()
                 self._away = None
             except (BrokerUnavailable, StoreUnavailable) as error:
                 if self._away != error.code:
@@ -83,8 +83,8 @@ class Dispatcher:
 
     def reconcile(self) -> None:
         """Wake what was forgotten, and end what nobody will."""
+        ended = self._outbox.end_cancelling()  # first, since it needs no broker
         woken = 0 if self._publisher is None else self._wake_forgotten(self._publisher)
-        ended = self._outbox.end_cancelling()
         if woken or ended:
             log.info("reconciled woken=%d cancelled=%d", woken, ended)
 
@@ -111,7 +111,10 @@ class Dispatcher:
                 self._storage.delete_prefix(dataset.key)
             except D2LoraError as error:
                 log.warning("tidy_failed id=%s code=%s", dataset.id, error.code)
-                break  # the next look comes soon
+                failed += 1
+                if failed >= _FAILURES:
+                    break
+                continue
             self._outbox.forget(dataset)
         if expired or tidied:
             log.info("tidied expired=%d jobs=%d", expired, tidied)

@@ -8,7 +8,7 @@ from d2lora.database import migrate
 from d2lora.errors import BrokerUnavailable, StorageUnavailable
 from d2lora.initializations import InitializationSpec, State
 from d2lora.settings import BrokerSettings, DatabaseSettings, DispatchSettings
-from d2lora.storage import LocalStorage, initialization_prefix, shards_prefix
+from d2lora.storage import LocalStorage, dataset_key, initialization_prefix, shards_prefix
 from d2lora.store import Store
 from service.dispatch import Dispatcher, dispatching
 from tests.conformance.conftest import add_dataset
@@ -264,3 +264,39 @@ def test_files_that_cannot_be_removed_leave_the_others_to_be_tidied(store, spec,
     Dispatcher(store.outbox, Stubborn(storage._root), broker, FAST).tidy()
 
     assert [stuck.id in key for key in keys(storage)] == [True]
+
+
+def test_a_dataset_that_cannot_be_removed_leaves_the_others_to_be_removed(store, storage, tmp_path, broker):
+    for name in ("ds_2", "ds_3"):
+        add_dataset(store, dataset_id=name)
+        put(storage, tmp_path, dataset_key("acme", name))
+        store.delete_dataset("acme", name)
+
+    class Stubborn(LocalStorage):
+        def delete_prefix(self, prefix):
+            if "ds_2" in prefix:
+                raise StorageUnavailable("kept")
+            super().delete_prefix(prefix)
+
+    Dispatcher(store.outbox, Stubborn(storage._root), broker, FAST).tidy()
+
+    assert keys(storage) == {dataset_key("acme", "ds_2")}
+    assert [one.id for one in store.outbox.deleted_datasets()] == ["ds_2"]
+
+
+def test_while_the_broker_is_away_a_cancelled_job_ends_whose_worker_has_died(store, spec, dispatcher, broker):
+    broker.is_away = True
+    job, _ = store.create("acme", spec)
+    take(store, lease=OVER)
+    store.cancel("acme", job.id)
+    stop = threading.Event()
+    thread = threading.Thread(target=dispatcher.run, args=(stop,))
+    thread.start()
+    end = time.monotonic() + 5
+    while state_of(store, job) is not State.CANCELLED and time.monotonic() < end:
+        time.sleep(0.01)
+    stop.set()
+    thread.join()
+
+    assert state_of(store, job) is State.CANCELLED
+    assert len(store.outbox.due()) == 1
