@@ -95,7 +95,7 @@ class Files:
 
     def put_shared(self, claim: Claim, name: str, path: Path) -> StoredFile:
         """Store what the parts of a build need."""
-        return self.put(path, f"{shards_prefix(claim.tenant, claim.id)}build-{claim.attempt}/", name)
+        return self.put(path, build_prefix(claim), name)
 
     def _fetch(self, key: str, path: Path, sha256: str) -> None:
         try:
@@ -123,3 +123,8 @@ def split_prefix(claim: Claim) -> str:
 def shard_prefix(claim: ShardClaim) -> str:
     """Return what the keys of a shard's output begin with; no other attempt at it writes there."""
     return f"{shards_prefix(claim.tenant, claim.id)}{claim.made_by}-{claim.number}-{claim.attempt}/"
+
+
+def build_prefix(claim: Claim) -> str:
+    """Return what the keys of a build's shared files begin with; no other attempt at the job writes there."""
+    return f"{shards_prefix(claim.tenant, claim.id)}build-{claim.attempt}/"

@@ -30,7 +30,7 @@ from d2lora.leases import Leases
 from d2lora.scratch import room_for, scratch_directory
 from d2lora.settings import WorkerSettings
 from d2lora.storage import ObjectStorage, initialization_prefix
-from worker.files import Files, shard_prefix, split_prefix
+from worker.files import Files, build_prefix, shard_prefix, split_prefix
 from worker.publishing import publish
 from worker.sharing import Sharing
 from worker.units import ShardFiles, Split, Work
@@ -144,8 +144,11 @@ class Runner:
         )
         extras = files.extras(claim)
         shards = self._shards(claim, files, watch)
-        result = self.work.finish(claim.spec, files.get(plan), shards, extras, files.directory, share, watch.progress)
-        return self._publish(claim, result, files, watch)
+        with self._unless_lost(build_prefix(claim)) as settled:
+            at = files.directory
+            result = self.work.finish(claim.spec, files.get(plan), shards, extras, at, share, watch.progress)
+            settled.append(self._publish(claim, result, files, watch))
+        return settled[0]
 
     def _shards(self, claim: Claim, files: Files, watch: Watch) -> Iterator[ShardFiles]:
         """Give a job's shards one by one; a shard's files are gone once the next is asked for."""

@@ -10,6 +10,7 @@ import pytest
 from d2lora.errors import DeviceFailure, FormatMismatch, FormatOutdated, NumericalFailure, StoreUnavailable
 from d2lora.initializations import Phase, State
 from d2lora.shards import EvaluationTask, StatisticsTask
+from d2lora.storage import LocalStorage
 from tests.unit.worker.test_runner import SETTINGS, job, storage, store, write_result  # noqa: F401
 from worker.runner import Recycle, Runner
 from worker.units import ShardOutput, Split
@@ -314,3 +315,21 @@ def test_a_database_that_breaks_off_a_commit_that_happened_loses_no_shard(store,
 
     assert drain(runner) == 1 + SHARDS + 1
     assert types_of(store, job) == ["queued", "running", "split", "gathered", "running", "succeeded"]
+
+
+def test_what_a_lost_build_shares_late_does_not_stay(store, storage, job, runner):  # noqa: F811
+    class Slow(LocalStorage):
+        def put_file(self, key, *arguments, **options):
+            stored = super().put_file(key, *arguments, **options)
+            if "/build-" in key:  # others have given the builder up, ended the job and tidied up
+                with store._engine.begin() as connection:
+                    connection.exec_driver_sql("UPDATE initializations SET state = 'failed', worker = NULL")
+            return stored
+
+    for _ in range(1 + SHARDS):
+        runner.run_next()
+    before = {path for path in storage._root.rglob("*") if path.is_file()}
+    replace(runner, storage=Slow(storage._root)).run_next()
+
+    assert store.get("acme", job.id).state is State.FAILED
+    assert {path for path in storage._root.rglob("*") if path.is_file()} == before
