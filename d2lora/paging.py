@@ -1,7 +1,7 @@
 """Pages of a table by an opaque cursor on (created_at, id), which stay whole while rows are added."""
 
 import base64
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import tuple_
@@ -31,11 +31,11 @@ def _decode_cursor(cursor: str) -> tuple[datetime, str]:
     try:
         written, identifier = base64.urlsafe_b64decode(cursor.encode()).decode().split(" ")
         moment = datetime.fromisoformat(written)
-    except ValueError as error:
+        if moment.tzinfo is None or "\0" in identifier:  # which databases cannot compare with
+            raise RequestInvalid(_FOREIGN)
+        return moment.astimezone(UTC), identifier
+    except (ValueError, OverflowError) as error:  # the latter where UTC's year would be none
         raise RequestInvalid(_FOREIGN) from error
-    if moment.tzinfo is None or "\0" in identifier:  # which databases cannot compare with
-        raise RequestInvalid(_FOREIGN)
-    return moment, identifier
 
 
 _FOREIGN = "cursor: it is not one that this service gave out"

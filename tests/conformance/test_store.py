@@ -649,6 +649,8 @@ def test_ids_and_cursors_that_no_database_can_hold_name_nothing(store, spec):
         with pytest.raises(NotFound):
             ask("acme", f"{job.id}\0")
 
-    cursor = base64.urlsafe_b64encode(f"{job.created_at.isoformat()} init\0".encode()).decode()
-    with pytest.raises(RequestInvalid, match="cursor"):
-        store.page("acme", limit=1, cursor=cursor)
+    now = job.created_at
+    for written in (f"{now} init", f"{now.isoformat()} init\0", "0001-01-01T00:00:00+23:59 init", "2026-01-01 init"):
+        cursor = base64.urlsafe_b64encode(written.encode()).decode()
+        with pytest.raises(RequestInvalid, match="cursor"):
+            store.page("acme", limit=1, cursor=cursor)
