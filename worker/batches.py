@@ -76,6 +76,32 @@ def groups_of(examples: Sequence[Example], *, by_label: bool = True) -> list[str
     A row of a group must not be held out from the others: its own completion would be among what they have taught. By
     label, rows of different labels have no group in common.
     """
+    return _united(
+        [
+            [
+                digest_of([one], example.desirable if by_label else None)
+                for one in (example.chosen, example.rejected)
+                if one
+            ]
+            for example in examples
+        ]
+    )
+
+
+def groups_in(batches: Sequence[Batch]) -> list[str]:
+    """Return the group of every row of the batches, in order, labels aside; rows outside them join none."""
+    names = []
+    for batch in batches:
+        own = [
+            hashlib.sha256(str((ids[real].tolist(), mask[real].tolist())).encode()).hexdigest()
+            for ids, mask, real in zip(batch.input_ids, batch.completion_mask, batch.attention_mask.bool(), strict=True)
+        ]
+        names += [own[row :: len(batch.rows)] for row in range(len(batch.rows))]
+    return _united(names)
+
+
+def _united(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return every row's group, where rows that share a name are of one."""
     above: dict[str, str] = {}
 
     def top(name: str) -> str:
@@ -83,14 +109,10 @@ def groups_of(examples: Sequence[Example], *, by_label: bool = True) -> list[str
             above[name] = name = above[above[name]]
         return name
 
-    firsts = []
-    for example in examples:
-        sequences = [one for one in (example.chosen, example.rejected) if one is not None]
-        names = [digest_of([one], example.desirable if by_label else None) for one in sequences]
+    for names in rows:
         tops = [top(above.setdefault(name, name)) for name in names]
         above |= dict.fromkeys(tops, min(tops))  # the least, so that the order of rows changes nothing
-        firsts.append(names[0])
-    return [top(name) for name in firsts]
+    return [top(names[0]) for names in rows]
 
 
 def distinct_rows(examples: Sequence[Example]) -> int:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from d2lora.errors import NumericalFailure
 from d2lora.initializations import HeldOut, Objective, Phase, Sft
-from worker.batches import Batch
+from worker.batches import Batch, groups_in
 from worker.combining import Mixture
 from worker.factors import Direction, adapted, calibrated_step
 from worker.line_search import EVALUATIONS, Calibration, Change, Trial, first_step, line_search
@@ -61,6 +61,11 @@ class Examined:
     def base_scores(self) -> Scores:
         """Return the scores of its rows under the base model."""
         return Scores.concatenate([scores for fold in self.held for _, scores in fold])
+
+    @property
+    def batches_in_order(self) -> list[Batch]:
+        """Return those that are scored, as `base_scores` has their rows."""
+        return [batch for fold in self.held for batch, _ in fold]
 
     @property
     def batches(self) -> int:
@@ -166,13 +171,22 @@ def calibrate(
         own(0.0) if needs_mismatches(one.objectives) else one.base_scores
         for one, own in zip((pilot for pilot, _ in parts), on_pilot, strict=True)
     ]
+    groups = [groups_in([*pilot.batches_in_order, *rest.batches_in_order]) for pilot, rest in parts]
     measured: dict[float, list[Scores]] = {}
 
     def judge(eta: float, before: Sequence[Scores], after: Sequence[Scores]) -> Trial:
         return together(
             [
-                trial(eta, one.objectives, scales, reference, stepped, place=one.place)
-                for one, scales, reference, stepped in zip(examined, every, before, after, strict=True)
+                trial(
+                    eta,
+                    one.objectives,
+                    scales,
+                    reference,
+                    stepped,
+                    groups=own[: len(reference.chosen_logps)],  # the pilot rows come first
+                    place=one.place,
+                )
+                for one, scales, reference, stepped, own in zip(examined, every, before, after, groups, strict=True)
             ]
         )
 
@@ -258,14 +272,18 @@ def trial(
     base: Scores,
     stepped: Scores,
     *,
+    groups: Sequence[str],
     before: Scores | None = None,
     place: str = "",
 ) -> Trial:
     """Return the change from ``base`` to ``stepped``, the same rows scored after a step of size eta.
 
     ``scales`` are the weights of the un-normalized objectives, w_j / |G_j|. A step that does not begin at the base
-    model is measured from ``before``. Names begin with ``place``.
+    model is measured from ``before``. Rows of one of the ``groups`` are no independent samples. Names begin with
+    ``place``.
     """
+    places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
+    group_R = torch.tensor([places[group] for group in groups])
 
     def change(objective: Objective, start: Scores = before or base) -> Float[Tensor, " R"]:
         return row_losses(objective, stepped, base) - row_losses(objective, start, base)
@@ -273,10 +291,12 @@ def trial(
     rows_JR = torch.stack([change(objective) for objective in objectives])
     return Trial(
         eta=eta,
-        combined=_change(scales.double() @ rows_JR),
-        objectives={f"{place}{one.type}": _change(rows) for one, rows in zip(objectives, rows_JR, strict=True)},
-        nll={f"{place}nll": _change(change(Sft()))},
-        since_base={one.type: _change(change(one, base)) for one in objectives} if before else {},
+        combined=_change(scales.double() @ rows_JR, group_R),
+        objectives={
+            f"{place}{one.type}": _change(rows, group_R) for one, rows in zip(objectives, rows_JR, strict=True)
+        },
+        nll={f"{place}nll": _change(change(Sft()), group_R)},
+        since_base={one.type: _change(change(one, base), group_R) for one in objectives} if before else {},
     )
 
 
@@ -296,6 +316,10 @@ def together(trials: Sequence[Trial]) -> Trial:
     )
 
 
-def _change(rows: Float[Tensor, " R"]) -> Change:
-    error = rows.std().item() / len(rows) ** 0.5 if len(rows) > 1 else float("inf")
-    return Change(rows.mean().item(), error)
+def _change(rows_R: Float[Tensor, " R"], group_R: Int[Tensor, " R"]) -> Change:
+    """Return the mean with its standard error, robust to what rows of a group have in common."""
+    mean, groups = rows_R.mean(), int(group_R.max()) + 1
+    if groups < 2:
+        return Change(mean.item(), float("inf"))
+    sums = rows_R.new_zeros(groups).index_add_(0, group_R, rows_R - mean)
+    return Change(mean.item(), (groups / (groups - 1) * sums.square().sum()).sqrt().item() / len(rows_R))

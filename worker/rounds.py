@@ -13,7 +13,7 @@ from torch import nn
 
 from d2lora.errors import NumericalFailure
 from d2lora.initializations import HeldOut, InitializationSpec, Objective, Phase, Sft
-from worker.batches import Batch
+from worker.batches import Batch, groups_in
 from worker.calibration import Held, failed_trial, score_step, trial
 from worker.checkpointing import activation_checkpointing
 from worker.combining import Mixture
@@ -173,6 +173,7 @@ def _line_search(
     Each trial is scored at rank r, so what the cut costs is measured too.
     """
     objectives = around.objectives
+    groups = groups_in([batch for fold in around.held for batch, _ in fold])
     measured: dict[float, Scores] = {}
 
     def evaluate(eta: float) -> Trial:
@@ -182,7 +183,7 @@ def _line_search(
         except NumericalFailure:  # the numbers are finite at the point itself, so the step is too long
             return failed_trial(eta, objectives)
         measured[eta] = stepped
-        return trial(eta, objectives, mixture.scales, reference, stepped, before=before)
+        return trial(eta, objectives, mixture.scales, reference, stepped, groups=groups, before=before)
 
     slope = sum(layer.descent for step in directions for layer in step.values()) / len(directions)
     now, base = (

@@ -1,13 +1,16 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from d2lora.initializations import Dpo, Kto, Sft
 from tests.unit.worker.conftest import as_examples, reference_rows
-from worker.batches import make_batches
-from worker.calibration import Examined, failed_trial, together, trial
+from worker.batches import groups_in, make_batches
+from worker.calibration import Examined, calibrate, failed_trial, together, trial
+from worker.combining import Mixture
 from worker.line_search import Change, Trial, first_step, line_search
+from worker.low_rank import LowRank
 from worker.objectives import Scores
 
 
@@ -206,7 +209,7 @@ def scores(chosen, rejected):
 def test_a_trial_weighs_the_changes_and_gives_their_standard_errors():
     base, stepped = scores([-20.0, -30.0], [-25.0, -25.0]), scores([-18.0, -29.0], [-26.0, -27.0])
 
-    result = trial(0.5, [Sft(), Dpo(beta=0.1)], torch.tensor([2.0, 3.0]).double(), base, stepped)
+    result = trial(0.5, [Sft(), Dpo(beta=0.1)], torch.tensor([2.0, 3.0]).double(), base, stepped, groups=["a", "b"])
 
     sft = torch.tensor([-0.2, -0.1]).double()
     dpo = -torch.nn.functional.logsigmoid(torch.tensor([0.3, 0.3]).double()) - math.log(2)
@@ -219,10 +222,69 @@ def test_a_trial_weighs_the_changes_and_gives_their_standard_errors():
 
 
 def test_one_row_has_no_standard_error_and_supports_nothing():
-    result = trial(0.5, [Sft()], torch.ones(1).double(), scores([-20.0], [-1.0]), scores([-2.0], [-1.0]))
+    result = trial(0.5, [Sft()], torch.ones(1).double(), scores([-20.0], [-1.0]), scores([-2.0], [-1.0]), groups="a")
 
     assert result.combined.error == float("inf")
     assert not result.is_supported
+
+
+def test_rows_of_a_group_count_as_one_sample():
+    base = scores([-20.0, -30.0, -25.0], [-25.0] * 3)
+    stepped = scores([-18.0, -29.0, -20.0], [-25.0] * 3)
+    change = [-0.2, -0.1, -0.5]  # nats per token
+
+    def error(groups, of=(0, 1, 2)):
+        one, other = base.part(of), stepped.part(of)
+        return trial(0.5, [Sft()], torch.ones(1).double(), one, other, groups=groups).combined.error
+
+    mean = sum(change) / 3
+    first, second = change[0] + change[2] - 2 * mean, change[1] - mean
+    assert error(["b", "a", "b"]) == pytest.approx((2 / 1 * (first**2 + second**2)) ** 0.5 / 3)
+    assert error(["c", "a", "b"]) == pytest.approx(torch.tensor(change).std().item() / 3**0.5)
+    # Rows that are all there ten times tell no more than once, but for G / (G-1).
+    assert error(["c", "a", "b"] * 10, [0, 1, 2] * 10) == pytest.approx(error(["c", "a", "b"]))
+    assert error(["a"] * 3) == float("inf")
+
+
+def test_calibration_judges_a_step_by_the_groups_of_its_rows():
+    def found(copies):
+        examples = as_examples([row for row in reference_rows(40, paired=False) for _ in range(copies)])
+        (batch,) = make_batches(examples, [0] * len(examples), max_tokens=10**6, pad_token_id=0)
+        tokens = torch.ones(len(examples), dtype=torch.int64)
+        fold = [(batch, Scores(torch.full((len(examples),), -9.0).double(), tokens))]
+
+        def evaluator(_):
+            def scorer(held, _):
+                rows = torch.tensor(
+                    [examples[row].chosen.input_ids[0] for own in held for b, _ in own for row in b.rows]
+                )
+                return lambda eta: Scores(-9.0 + eta + rows.double() / 7, torch.ones_like(rows))
+
+            return scorer
+
+        mixture = Mixture(torch.ones(1).double(), torch.ones(1).double(), torch.ones(1, 1).double())
+        direction = {"layer": LowRank(torch.ones(1, 1), torch.ones(1), torch.ones(1, 1), energy=1.0, missed=0.0)}
+        one = Examined([Sft()], [fold], evaluator)
+        return calibrate([one], mixture, [direction], on_progress=lambda *_: None).accepted.combined
+
+    once, often = found(1), found(5)
+
+    assert often.mean == pytest.approx(once.mean)
+    assert often.error == pytest.approx(once.error)
+
+
+def test_groups_in_batches_are_those_of_the_rows_whatever_their_order():
+    rows = reference_rows(4, paired=True)
+    rows[1] = replace(rows[1], prompt=rows[0].prompt)
+    examples = as_examples([*rows, rows[2], replace(rows[0], rejected=rows[1].chosen)])
+    (batch,) = make_batches(examples, [0] * 6, max_tokens=10_000, pad_token_id=0)
+    parts = [batch.part([4, 1]), batch.part([0, 5, 3, 2])]
+
+    known = dict(zip([row for part in parts for row in part.rows], groups_in(parts), strict=True))
+
+    assert known[0] == known[1] == known[5]
+    assert known[2] == known[4]
+    assert len({known[0], known[2], known[3]}) == 3
 
 
 def test_the_first_step_is_where_the_slope_alone_would_halve_the_loss():
