@@ -147,13 +147,14 @@ def further_rounds(
 def judging_folds(held: Held, objectives: Sequence[Objective]) -> int:
     """Return how many folds judge further rounds: as few as have rows enough, and all where these need each other.
 
-    KTO's reference point at a fold's own point is the mean over the rows of the other folds.
+    Rows that share a sequence count once, as in standard errors. KTO's reference point at a fold's own point is the
+    mean over the rows of the other folds.
     """
     if needs_mismatches(objectives):
         return len(held)
     rows = 0
     for folds, fold in enumerate(held, start=1):
-        rows += sum(len(batch.rows) for batch, _ in fold)
+        rows += len(set(groups_in([batch for batch, _ in fold])))
         if rows >= JUDGING_ROWS:
             return folds
     return len(held)

@@ -337,6 +337,34 @@ def test_as_few_folds_judge_as_have_rows_enough(tmp_path, monkeypatch, rows, fol
     assert only.held_out["sft"].adapter < only.held_out["sft"].base
 
 
+def test_copies_of_a_row_judge_as_one():
+    def held(rows):
+        (batch,) = one_fold(rows)
+        scores = Scores(torch.zeros(len(rows)).double(), torch.ones(len(rows), dtype=torch.int64))
+        return [[(batch, scores)]] * 4
+
+    rows = reference_rows(34, paired=False)
+
+    assert rounds.judging_folds(held(rows), [Sft()]) == 1
+    assert rounds.judging_folds(held(rows[:1] * 34), [Sft()]) == 4
+    assert rounds.judging_folds(held(rows[:17] * 2), [Sft()]) == 2
+
+
+def test_a_round_is_judged_by_the_groups_of_its_rows(tmp_path, monkeypatch):
+    judged = []
+
+    def watched(*arguments, groups, **options):
+        judged.append((len(groups), len(set(groups))))
+        return trial(*arguments, groups=groups, **options)
+
+    trial = rounds.trial
+    monkeypatch.setattr(rounds, "trial", watched)
+
+    build(learnable_rows(12) * 2, tmp_path, rounds=2)
+
+    assert set(judged) == {(24, 12)}
+
+
 def test_all_folds_judge_where_rows_have_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(rounds, "JUDGING_ROWS", 1)
 
