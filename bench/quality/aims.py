@@ -26,10 +26,13 @@ def aims(entries: Sequence[Entry]) -> Iterator[tuple[str, list[str]]]:
         f"vanilla's best loss in half of its steps, {half:g}",
         judged("steps_to_target", "{:.1f}", lambda x: x <= half),
     )
-    soonest = min((by_name[name]["steps_to_target"] or float("inf") for name in PEFTS if name in by_name), default=None)
-    if soonest is not None:
-        title = f"as soon as the best of PEFT's, {soonest:.1f}" if soonest < float("inf") else "PEFT's do not reach it"
-        yield title, judged("steps_to_target", "{:.1f}", lambda x: x <= soonest)
+    steps = [by_name[name]["steps_to_target"] for name in PEFTS if name in by_name]
+    if steps:
+        soonest = min((x for x in steps if x is not None), default=None)
+        title = "as soon as the best of PEFT's, " + (
+            "none of which reaches it" if soonest is None else f"{soonest:.1f}"
+        )
+        yield title, judged("steps_to_target", "{:.1f}", lambda x: soonest is None or x <= soonest)
     other = min((entry for entry in entries if entry not in ours), key=lambda entry: entry["best_loss"])
     title = f"a best loss below all others', {other['best_loss']:.3f} ({other['initializer']})"
     yield title, judged("best_loss", "{:.3f}", lambda x: x < other["best_loss"])

@@ -3,7 +3,6 @@
 A further one is a function of `Work` and a line in the table.
 """
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,13 @@ def _by_peft(make: Callable[[Work], PeftModel]) -> Initializer:
 
 def _eva(work: Work) -> Start:
     """As PEFT makes it, once for all learning rates: its forwards take longer than the training."""
-    request = [model_identity(work.model), work.protocol, work.seed, work.rows, code_identity("eva")]
-    name = hashlib.sha256(repr(request).encode()).hexdigest()[:20]
+    request = [model_identity(work.model), repr(work.protocol), str(work.seed), repr(work.rows), code_identity("eva")]
 
     def make(out: Path) -> dict[str, Any]:
         peft_starts.eva(work).save_pretrained(out)
         return {}
 
-    return kept(work, f"eva-{name}", make)
+    return kept(work, request, make)
 
 
 INITIALIZERS: dict[str, Initializer] = {

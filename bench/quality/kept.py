@@ -1,11 +1,12 @@
 """Starts that learning rates share: made once, and kept as the files that PEFT loads."""
 
 import contextlib
+import hashlib
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ _ABOUT = "about.json"
 """What a start says of itself, beside its files."""
 
 
-def kept(work: Work, name: str, make: Callable[[Path], dict[str, Any]]) -> Start:
-    """Return the start of this name, loaded on the base as a user would.
+def kept(work: Work, request: Sequence[str], make: Callable[[Path], dict[str, Any]]) -> Start:
+    """Return the start that answers this request, all of what decides it, loaded on the base as a user would.
 
     ``make`` leaves an adapter's files in the directory that it is given, and returns what there is to say of them. What
     that cost is said by every cell that shares it.
     """
-    place = (work.kept or work.directory) / name
+    place = (work.kept or work.directory) / hashlib.sha256("\n".join(request).encode()).hexdigest()[:20]
     if not place.exists():
         out = work.directory / "adapter"
         out.mkdir()

@@ -1,6 +1,5 @@
 """Our initializer in its variants, run from files to files as the worker runs it, and a control of its magnitude."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,16 +118,11 @@ def _ours(
         result = initialize(spec, file, files, out=out, settings=WorkerSettings(), on_progress=lambda *_: None)
         return {"start": result.summary.start, "weights": result.summary.weights}
 
-    start = kept(work, _request(spec, work.model, [file, *files.values()]), make)
+    asked = spec.model_copy(update={"base_model": model_identity(work.model)}).model_dump_json()
+    rows = digest(one.path for one in [file, *files.values()])
+    start = kept(work, [asked, code_identity("ours"), rows], make)
     wanted = {name: scaled(layer).norm().item() for name, layer in layers(start.model).items()}
     return Start(start.model, start.about | {"magnitude": _magnitude(wanted)})
-
-
-def _request(spec: InitializationSpec, model: str, files: list[DatasetFile]) -> str:
-    """Return what names a start: the same request to the same code gives the same files."""
-    request = spec.model_copy(update={"base_model": model_identity(model)}).model_dump_json()
-    parts = [request, code_identity("ours"), digest(file.path for file in files)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
 
 def _file(path: Path, rows: list[Row]) -> DatasetFile:

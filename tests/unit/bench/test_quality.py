@@ -301,6 +301,20 @@ def test_the_page_says_which_aims_are_reached():
     }
 
 
+@pytest.mark.parametrize(
+    ("theirs", "title", "verdict"),
+    [
+        (0.0, "as soon as the best of PEFT's, 0.0", "1.0, missed"),
+        (None, "as soon as the best of PEFT's, none of which reaches it", "1.0, reached"),
+    ],
+)
+def test_peft_is_beaten_where_it_is_slower_or_never_there(theirs, title, verdict):
+    vanilla, ours = both({0: 3.0, 2: 1.0, 4: 1.5})
+    lora_ga = vanilla | {"initializer": "lora_ga", "steps_to_target": theirs}
+
+    assert dict(aims([vanilla, ours, lora_ga]))[title] == [verdict]
+
+
 def test_steps_to_an_accuracy_end_where_it_first_rises_to_vanillas():
     def by_preference(name, accuracies):
         run = record({0: 4.0, 2: 2.0, 4: 2.5}, of=cell(name, phase="test", chosen_step=2))
