@@ -26,6 +26,7 @@ from d2lora.claims import (
 )
 from d2lora.database import now, reading, writing
 from d2lora.errors import Problem, WorkerLost
+from d2lora.fencing import held, held_shard, is_held, is_of, is_shard_held, job_held_by, shard_of
 from d2lora.initializations import Progress, Result, State
 from d2lora.shards import EvaluationTask, ShardTask, StatisticsTask
 from d2lora.tables import InitializationRow, ShardRow
@@ -144,13 +145,13 @@ class Leases:
         """Extend a claim's lease, store how far it is, and return what the worker should do."""
         with writing(self._engine) as session:
             if isinstance(claim, ShardClaim):
-                shard = _held_shard(session, claim)
+                shard = held_shard(session, claim)
                 if shard is None:
                     return Standing.LOST
                 shard.lease_until = now(session) + lease
                 shard.rows_done = shard.rows_done if progress is None else progress.done
                 return Standing.HELD
-            row = _held(session, claim)
+            row = held(session, claim)
             if row is None:
                 return Standing.LOST
             row.lease_until = now(session) + lease
@@ -164,8 +165,8 @@ class Leases:
             job = session.get(InitializationRow, claim.id)
             if isinstance(claim, ShardClaim):
                 shard = session.get(ShardRow, (claim.id, claim.number))
-                return Standing.HELD if _is_shard_held(job, shard, claim) else Standing.LOST
-            if not _is_held(job, claim):
+                return Standing.HELD if is_shard_held(job, shard, claim) else Standing.LOST
+            if not is_held(job, claim):
                 return Standing.LOST
             assert job is not None
             return Standing.CANCELLING if job.state == State.CANCELLING else Standing.HELD
@@ -180,7 +181,7 @@ class Leases:
         Saying it again is no error: a commit that broke off may have happened or not.
         """
         with writing(self._engine) as session:
-            row = _held(session, claim)
+            row = held(session, claim)
             if row is None:
                 again = session.get_one(InitializationRow, claim.id)
                 return again.state == State.SUCCEEDED and again.prefix == prefix
@@ -195,7 +196,7 @@ class Leases:
     def fail(self, claim: Claim | ShardClaim, problem: Problem) -> bool:
         """Settle a job with an error, its own or a shard's; False if the claim is lost."""
         with writing(self._engine) as session:
-            row = _job_held_by(session, claim)
+            row = job_held_by(session, claim)
             if row is None:
                 return False
             if row.state == State.CANCELLING:
@@ -208,7 +209,7 @@ class Leases:
     def cancelled(self, claim: Claim) -> bool:
         """Settle a job that was asked to stop and has; False if the claim is lost."""
         with writing(self._engine) as session:
-            row = _held(session, claim)
+            row = held(session, claim)
             if row is None or row.state != State.CANCELLING:
                 return False
             move(session, row, State.CANCELLED)
@@ -217,7 +218,7 @@ class Leases:
     def hand_back(self, claim: Claim | ShardClaim, *, pause: timedelta = timedelta(0)) -> bool:
         """Free what a worker stops working on for a reason of its own; this is no failure."""
         with writing(self._engine) as session:
-            row = _job_held_by(session, claim)
+            row = job_held_by(session, claim)
             if row is not None:
                 _free(session, row, claim, pause)
             return row is not None
@@ -229,10 +230,10 @@ class Leases:
         five minutes.
         """
         with writing(self._engine) as session:
-            row = _job_held_by(session, claim)
+            row = job_held_by(session, claim)
             if row is None:
                 return False
-            unit = _shard(session, claim) if isinstance(claim, ShardClaim) else row
+            unit = shard_of(session, claim) if isinstance(claim, ShardClaim) else row
             unit.outages += 1
             if unit.outages >= max_attempts and row.state != State.CANCELLING:
                 row.error = problem.model_dump(mode="json")
@@ -249,7 +250,7 @@ class Leases:
         Saying it again is no error, as with `succeed`.
         """
         with writing(self._engine) as session:
-            row = _held(session, claim)
+            row = held(session, claim)
             if row is None:
                 return session.get_one(InitializationRow, claim.id).plan == plan.model_dump(mode="json")
             if row.state == State.CANCELLING:
@@ -268,11 +269,11 @@ class Leases:
         Saying it again is no error, as with `succeed`.
         """
         with writing(self._engine) as session:
-            row = _job_held_by(session, claim)
+            row = job_held_by(session, claim)
             if row is None:
                 again = session.get(ShardRow, (claim.id, claim.number))
-                return again is not None and _is_of(again, claim) and again.outcome is not None
-            shard = _shard(session, claim)
+                return again is not None and is_of(again, claim) and again.outcome is not None
+            shard = shard_of(session, claim)
             shard.outcome = outcome.model_dump(mode="json")
             shard.worker = shard.lease_until = None
             if isinstance(claim.task, StatisticsTask):
@@ -289,7 +290,7 @@ class Leases:
     def share(self, claim: Claim, tasks: Sequence[tuple[EvaluationTask, list[StoredFile]]]) -> list[int] | None:
         """Let any worker take parts of a build; returns their numbers, or None if the claim is lost."""
         with writing(self._engine) as session:
-            row = _held(session, claim)
+            row = held(session, claim)
             if row is None:
                 return None
             numbers = _add_shards(session, row, tasks)
@@ -308,7 +309,7 @@ class Leases:
     def restart(self, claim: Claim | ShardClaim) -> bool:
         """Let a job begin anew from its rows, because its shards are of no use to this version."""
         with writing(self._engine) as session:
-            row = _job_held_by(session, claim)
+            row = job_held_by(session, claim)
             if row is None:
                 return False
             if row.state == State.CANCELLING:
@@ -334,57 +335,11 @@ def _give_up(session: Session, row: InitializationRow, failures: int) -> None:
     move(session, row, State.FAILED)
 
 
-def _held(session: Session, claim: Claim) -> InitializationRow | None:
-    """Return the claimed job, locked, unless a later attempt, a split or an end has taken it."""
-    row = session.get(InitializationRow, claim.id, with_for_update=True)
-    return row if _is_held(row, claim) else None
-
-
-def _is_held(row: InitializationRow | None, claim: Claim) -> bool:
-    return (
-        row is not None
-        and row.state in {State.RUNNING, State.CANCELLING}
-        and row.attempt == claim.attempt
-        and row.worker is not None
-    )
-
-
-def _held_shard(session: Session, claim: ShardClaim) -> ShardRow | None:
-    """Return the claimed shard, locked, unless a later attempt or its job's end has taken it."""
-    job = session.get(InitializationRow, claim.id)
-    shard = session.get(ShardRow, (claim.id, claim.number), with_for_update=True)
-    return shard if _is_shard_held(job, shard, claim) else None
-
-
-def _is_shard_held(job: InitializationRow | None, shard: ShardRow | None, claim: ShardClaim) -> bool:
-    if job is None or shard is None or job.state != State.RUNNING:
-        return False
-    useful = shard.kind == "statistics" or shard.made_by == job.attempt
-    return useful and _is_of(shard, claim) and shard.worker is not None
-
-
-def _is_of(shard: ShardRow, claim: ShardClaim) -> bool:
-    # Numbers and attempts begin anew when a job is cut anew.
-    return (shard.made_by, shard.attempt) == (claim.made_by, claim.attempt)
-
-
-def _job_held_by(session: Session, claim: Claim | ShardClaim) -> InitializationRow | None:
-    """Return the job, locked, if this claim of it or of its shard still counts."""
-    if isinstance(claim, Claim):
-        return _held(session, claim)
-    row = lock(session, claim.id)
-    return row if _held_shard(session, claim) is not None else None
-
-
-def _shard(session: Session, claim: ShardClaim) -> ShardRow:
-    return session.get_one(ShardRow, (claim.id, claim.number))
-
-
 def _free(session: Session, row: InitializationRow, claim: Claim | ShardClaim, pause: timedelta) -> None:
     """Give a job or a shard up, to be taken again after ``pause``; a job that should stop ends instead."""
     free_at = now(session) + pause
     if isinstance(claim, ShardClaim):
-        shard = _shard(session, claim)
+        shard = shard_of(session, claim)
         shard.worker, shard.rows_done, shard.lease_until = None, 0, free_at
     elif row.state == State.CANCELLING:
         move(session, row, State.CANCELLED)
