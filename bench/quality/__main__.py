@@ -6,8 +6,8 @@
 
 Kinds: gsm8k (question, answer), titles (abstract, title), preference (prompt, chosen, rejected), text. Trainers: sft,
 dpo, orpo. ``--data`` takes every folder of `KNOWN` that is below it. Stop it whenever you like: the same command goes
-on where it stopped. Results: ``results.json``, ``page.md`` and plots in DIR; records of cells in ``DIR/cells``, the
-adapters of ours that learning rates share in ``DIR/starts``.
+on where it stopped. Results: ``results.json``, ``page.md`` and plots in DIR; records of cells in ``DIR/cells``,
+starts that learning rates share in ``DIR/starts``.
 """
 
 import argparse

@@ -1,13 +1,20 @@
-"""Rows, examples, batches and objectives for the worker's tests."""
+"""Rows, examples, batches and objectives for the worker's tests, and a queue with one job."""
 
 import dataclasses
+import hashlib
 import random
+from datetime import UTC, datetime
 from typing import get_args
 
 import pytest
 import torch
 
-from d2lora.initializations import Dpo, DpoLoss
+from d2lora.database import migrate
+from d2lora.datasets import Dataset
+from d2lora.initializations import Dpo, DpoLoss, InitializationSpec
+from d2lora.settings import DatabaseSettings
+from d2lora.storage import LocalStorage, dataset_key
+from d2lora.store import Store
 from tests.support.models import VOCABULARY
 from tests.support.reference import ReferenceRow
 from worker.batches import make_batches
@@ -61,3 +68,43 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+ROWS = b'{"text": "hello"}\n'
+
+
+@pytest.fixture
+def store(tmp_path):
+    settings = DatabaseSettings(url=f"sqlite:///{tmp_path / 'd2lora.db'}")
+    migrate(settings)
+    with Store(settings) as store:
+        yield store
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return LocalStorage(tmp_path / "objects")
+
+
+def add_dataset(store, storage, directory, dataset_id, content):
+    path = directory / f"{dataset_id}.jsonl"
+    path.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    dataset = Dataset(
+        id=dataset_id,
+        created_at=datetime.now(UTC),
+        format="jsonl",
+        row_schema="text",
+        rows=1,
+        size=len(content),
+        sha256=digest,
+        objectives=["sft"],
+    )
+    storage.put_file(dataset_key("acme", dataset_id), path, digest)
+    store.add_dataset("acme", dataset, dataset_key("acme", dataset_id))
+
+
+@pytest.fixture
+def job(store, storage, tmp_path):
+    add_dataset(store, storage, tmp_path, "ds_1", ROWS)
+    return store.create("acme", InitializationSpec(base_model="m", dataset_id="ds_1"))[0]

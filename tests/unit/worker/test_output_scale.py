@@ -92,7 +92,7 @@ def test_a_layer_whose_lora_a_gives_nothing_stays_as_it_is():
 
 
 @pytest.mark.parametrize("start", ["calibrated", "zero"])
-def test_the_files_hold_the_same_function_with_another_lora_a(base_model, tmp_path, start):  # noqa: F811
+def test_the_files_hold_the_same_function_with_another_lora_a(base_model, tmp_path, start):  # noqa: F811  # as above
     rows = write_rows(tmp_path / "rows.jsonl", 12)
     results = {
         scale: run(base_model, rows, tmp_path / scale, lora_a_scale=scale, start=start) for scale in ("rows", "outputs")
@@ -116,7 +116,7 @@ def test_the_files_hold_the_same_function_with_another_lora_a(base_model, tmp_pa
     assert "Begin with a smaller learning rate than suits LoRA's default start" in cards["rows"]
 
 
-def test_adapters_of_several_datasets_have_it_too(base_model, plain, pairs, tmp_path):  # noqa: F811
+def test_adapters_of_several_datasets_have_it_too(base_model, plain, pairs, tmp_path):  # noqa: F811  # as above
     lengths = []
     for scale in ("rows", "outputs"):
         run_jointly(base_model, [plain, pairs], tmp_path / scale, lora_a_scale=scale)

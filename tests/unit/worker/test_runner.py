@@ -5,12 +5,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import pytest
 
-from d2lora.database import migrate
-from d2lora.datasets import Dataset
 from d2lora.errors import (
     ChecksumMismatch,
     NotFound,
@@ -23,50 +21,12 @@ from d2lora.errors import (
 from d2lora.initializations import InitializationSpec, Phase, Result, ResultFile, ResultSummary, State
 from d2lora.roles import FIELDS, Role, with_dataset_ids
 from d2lora.scratch import remove_leftovers, scratch_directory
-from d2lora.settings import DatabaseSettings, WorkerSettings
+from d2lora.settings import WorkerSettings
 from d2lora.storage import LocalStorage, dataset_key
-from d2lora.store import Store
+from tests.unit.worker.conftest import ROWS, add_dataset
 from worker.runner import Runner
 
 SETTINGS = WorkerSettings(lease_seconds=5, heartbeat_seconds=0.02, max_attempts=2)
-ROWS = b'{"text": "hello"}\n'
-
-
-@pytest.fixture
-def store(tmp_path):
-    settings = DatabaseSettings(url=f"sqlite:///{tmp_path / 'd2lora.db'}")
-    migrate(settings)
-    with Store(settings) as store:
-        yield store
-
-
-@pytest.fixture
-def storage(tmp_path):
-    return LocalStorage(tmp_path / "objects")
-
-
-def add_dataset(store, storage, directory, dataset_id, content):
-    path = directory / f"{dataset_id}.jsonl"
-    path.write_bytes(content)
-    digest = hashlib.sha256(content).hexdigest()
-    dataset = Dataset(
-        id=dataset_id,
-        created_at=datetime.now(UTC),
-        format="jsonl",
-        row_schema="text",
-        rows=1,
-        size=len(content),
-        sha256=digest,
-        objectives=["sft"],
-    )
-    storage.put_file(dataset_key("acme", dataset_id), path, digest)
-    store.add_dataset("acme", dataset, dataset_key("acme", dataset_id))
-
-
-@pytest.fixture
-def job(store, storage, tmp_path):
-    add_dataset(store, storage, tmp_path, "ds_1", ROWS)
-    return store.create("acme", InitializationSpec(base_model="m", dataset_id="ds_1"))[0]
 
 
 def write_result(directory):

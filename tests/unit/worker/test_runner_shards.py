@@ -11,7 +11,7 @@ from d2lora.errors import DeviceFailure, FormatMismatch, FormatOutdated, Numeric
 from d2lora.initializations import Phase, State
 from d2lora.shards import EvaluationTask, StatisticsTask
 from d2lora.storage import LocalStorage
-from tests.unit.worker.test_runner import SETTINGS, job, storage, store, write_result  # noqa: F401
+from tests.unit.worker.test_runner import SETTINGS, write_result
 from worker.runner import Recycle, Runner
 from worker.units import ShardOutput, Split
 
@@ -68,7 +68,7 @@ class ShardedWork:
 
 
 @pytest.fixture
-def runner(store, storage):  # noqa: F811
+def runner(store, storage):
     return Runner(store.leases, storage, ShardedWork(), SETTINGS, worker="w", stop=threading.Event())
 
 
@@ -79,11 +79,11 @@ def drain(runner):
     return count
 
 
-def types_of(store, job):  # noqa: F811
+def types_of(store, job):
     return [event.type for event in store.events("acme", job.id)]
 
 
-def test_a_cut_job_is_gathered_and_built_by_one_worker(store, job, runner):  # noqa: F811
+def test_a_cut_job_is_gathered_and_built_by_one_worker(store, job, runner):
     assert drain(runner) == 1 + SHARDS + 1
 
     done = store.get("acme", job.id)
@@ -91,7 +91,7 @@ def test_a_cut_job_is_gathered_and_built_by_one_worker(store, job, runner):  # n
     assert types_of(store, job) == ["queued", "running", "split", "gathered", "running", "succeeded"]
 
 
-def test_several_workers_share_the_shards_and_the_calibration(store, job, runner):  # noqa: F811
+def test_several_workers_share_the_shards_and_the_calibration(store, job, runner):
     seen, lock = [], threading.Lock()
 
     def note(task, _):
@@ -124,7 +124,7 @@ def test_several_workers_share_the_shards_and_the_calibration(store, job, runner
     assert len({name for name, kind in seen if kind == "evaluation"}) > 1
 
 
-def test_an_error_in_a_shard_is_the_jobs(store, job, runner):  # noqa: F811
+def test_an_error_in_a_shard_is_the_jobs(store, job, runner):
     def fail(task, _):
         raise NumericalFailure("layer x is not finite")
 
@@ -134,7 +134,7 @@ def test_an_error_in_a_shard_is_the_jobs(store, job, runner):  # noqa: F811
     assert (ended.state, ended.error.code) == (State.FAILED, "numerical_failure")
 
 
-def test_a_shard_stops_when_its_job_is_cancelled(store, job, runner):  # noqa: F811
+def test_a_shard_stops_when_its_job_is_cancelled(store, job, runner):
     def wait(task, on_progress):
         store.cancel("acme", job.id)
         end = time.monotonic() + 20
@@ -151,7 +151,7 @@ def test_a_shard_stops_when_its_job_is_cancelled(store, job, runner):  # noqa: F
     assert drain(runner) == 0
 
 
-def test_a_worker_that_is_stopped_hands_its_shard_back(store, job, runner):  # noqa: F811
+def test_a_worker_that_is_stopped_hands_its_shard_back(store, job, runner):
     stop = threading.Event()
 
     def wait(task, on_progress):
@@ -165,7 +165,7 @@ def test_a_worker_that_is_stopped_hands_its_shard_back(store, job, runner):  # n
     assert (free.number, free.attempt) == (0, 2)
 
 
-def test_a_builder_that_dies_is_followed_by_one_that_calibrates_anew(store, job, runner):  # noqa: F811
+def test_a_builder_that_dies_is_followed_by_one_that_calibrates_anew(store, job, runner):
     class Killed(BaseException):
         pass
 
@@ -188,7 +188,7 @@ def test_a_builder_that_dies_is_followed_by_one_that_calibrates_anew(store, job,
     assert (done.state, done.attempt) == (State.SUCCEEDED, 3)
 
 
-def test_an_older_worker_leaves_a_newer_ones_shard_to_it(store, job, runner):  # noqa: F811
+def test_an_older_worker_leaves_a_newer_ones_shard_to_it(store, job, runner):
     def refuse(task, _):
         raise FormatMismatch("format 9")
 
@@ -203,7 +203,7 @@ def test_an_older_worker_leaves_a_newer_ones_shard_to_it(store, job, runner):  #
     assert store.get("acme", job.id).state is State.SUCCEEDED
 
 
-def test_a_newer_worker_begins_an_older_ones_job_anew(store, job, runner):  # noqa: F811
+def test_a_newer_worker_begins_an_older_ones_job_anew(store, job, runner):
     def refuse(task, _):
         raise FormatOutdated("format 0")
 
@@ -217,7 +217,7 @@ def test_a_newer_worker_begins_an_older_ones_job_anew(store, job, runner):  # no
     assert store.get("acme", job.id).state is State.SUCCEEDED
 
 
-def test_after_an_accelerators_failure_the_unit_is_free_and_the_process_should_end(store, job, runner):  # noqa: F811
+def test_after_an_accelerators_failure_the_unit_is_free_and_the_process_should_end(store, job, runner):
     def fail(task, _):
         raise DeviceFailure("an illegal memory access")
 
@@ -232,14 +232,14 @@ def test_after_an_accelerators_failure_the_unit_is_free_and_the_process_should_e
     assert store.get("acme", job.id).state is State.SUCCEEDED
 
 
-def test_a_worker_that_was_stopped_claims_nothing(store, job, runner):  # noqa: F811
+def test_a_worker_that_was_stopped_claims_nothing(store, job, runner):
     runner.stop.set()
 
     assert not runner.run_next()
     assert store.get("acme", job.id).state is State.QUEUED
 
 
-def test_shards_whose_bytes_were_changed_are_not_used(store, storage, job, runner):  # noqa: F811
+def test_shards_whose_bytes_were_changed_are_not_used(store, storage, job, runner):
     runner.run_next()
     (path,) = (storage._root / "t/acme/initializations" / job.id / "shards").rglob("rows-0.safetensors")
     path.write_text("other")
@@ -249,7 +249,7 @@ def test_shards_whose_bytes_were_changed_are_not_used(store, storage, job, runne
     assert store.get("acme", job.id).error.code == "checksum_mismatch"
 
 
-def test_after_a_rollback_an_older_worker_begins_the_job_anew_in_the_end(store, job, runner):  # noqa: F811
+def test_after_a_rollback_an_older_worker_begins_the_job_anew_in_the_end(store, job, runner):
     def refuse(task, _):
         raise FormatMismatch("format 9")
 
@@ -265,7 +265,7 @@ def test_after_a_rollback_an_older_worker_begins_the_job_anew_in_the_end(store, 
     assert store.get("acme", job.id).state is State.SUCCEEDED
 
 
-def test_a_shard_whose_files_are_gone_lets_the_job_begin_anew(store, storage, job, runner):  # noqa: F811
+def test_a_shard_whose_files_are_gone_lets_the_job_begin_anew(store, storage, job, runner):
     runner.run_next()
     storage.delete_prefix(f"t/acme/initializations/{job.id}/shards/")
 
@@ -275,7 +275,7 @@ def test_a_shard_whose_files_are_gone_lets_the_job_begin_anew(store, storage, jo
     assert store.get("acme", job.id).state is State.SUCCEEDED
 
 
-def test_what_a_lost_shard_stores_late_does_not_stay(store, storage, job, runner):  # noqa: F811
+def test_what_a_lost_shard_stores_late_does_not_stay(store, storage, job, runner):
     def cancel(task, _):
         store.cancel("acme", job.id)
 
@@ -286,7 +286,7 @@ def test_what_a_lost_shard_stores_late_does_not_stay(store, storage, job, runner
     assert {path for path in storage._root.rglob("*") if path.is_file()} == before
 
 
-def test_a_storage_that_loses_every_cut_fails_the_job_in_the_end(store, storage, job, runner):  # noqa: F811
+def test_a_storage_that_loses_every_cut_fails_the_job_in_the_end(store, storage, job, runner):
     settings = SETTINGS.model_copy(update={"max_outage_attempts": 3})
     runner = replace(runner, settings=settings)
 
@@ -301,7 +301,7 @@ def test_a_storage_that_loses_every_cut_fails_the_job_in_the_end(store, storage,
 
 
 @pytest.mark.parametrize("verb", ["split", "finish_shard"])
-def test_a_database_that_breaks_off_a_commit_that_happened_loses_no_shard(store, job, runner, verb, monkeypatch):  # noqa: F811
+def test_a_database_that_breaks_off_a_commit_that_happened_loses_no_shard(store, job, runner, verb, monkeypatch):
     settle, calls = getattr(store.leases, verb), []
 
     def flaky(*arguments):
@@ -317,7 +317,7 @@ def test_a_database_that_breaks_off_a_commit_that_happened_loses_no_shard(store,
     assert types_of(store, job) == ["queued", "running", "split", "gathered", "running", "succeeded"]
 
 
-def test_what_a_lost_build_shares_late_does_not_stay(store, storage, job, runner):  # noqa: F811
+def test_what_a_lost_build_shares_late_does_not_stay(store, storage, job, runner):
     class Slow(LocalStorage):
         def put_file(self, key, *arguments, **options):
             stored = super().put_file(key, *arguments, **options)

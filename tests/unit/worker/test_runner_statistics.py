@@ -8,15 +8,7 @@ import pytest
 from d2lora.errors import StatisticsTooNew
 from d2lora.initializations import InitializationSpec
 from d2lora.states import State
-from tests.unit.worker.test_runner import (  # noqa: F401  # fixtures
-    SETTINGS,
-    failing_build,
-    job,
-    run,
-    storage,
-    store,
-    write_result,
-)
+from tests.unit.worker.test_runner import SETTINGS, failing_build, run, write_result
 from worker.units import BASE, KEPT, KEPT_INDEX
 
 FILES = {"fold-0.safetensors": b"sums", KEPT_INDEX: b""}
@@ -42,7 +34,7 @@ def seen(files):
 
 
 @pytest.fixture
-def earlier(store, storage, job):  # noqa: F811  # the fixtures above
+def earlier(store, storage, job):
     """A job that has kept its statistics."""
     store.cancel("acme", job.id)
     spec = InitializationSpec(base_model="m", dataset_id="ds_1", keep_statistics=True)
@@ -52,21 +44,21 @@ def earlier(store, storage, job):  # noqa: F811  # the fixtures above
     return store.get("acme", kept.id)
 
 
-def stored(storage):  # noqa: F811  # the fixture above
+def stored(storage):
     return {path.name: path for path in (storage._root / "t/acme/initializations").rglob("*") if path.is_file()}
 
 
-def follow(store, earlier):  # noqa: F811  # the fixture above
+def follow(store, earlier):
     return store.create("acme", InitializationSpec(base_model="m", dataset_id="ds_1", based_on=earlier.id))[0]
 
 
-def test_what_a_job_keeps_is_stored_beside_its_result_and_is_no_part_of_it(storage, earlier):  # noqa: F811
+def test_what_a_job_keeps_is_stored_beside_its_result_and_is_no_part_of_it(storage, earlier):
     assert (earlier.statistics.r, earlier.statistics.rows) == (4, 7)
     assert earlier.statistics.size == sum(stored(storage)[name].stat().st_size for name in FILES)
     assert not set(FILES) & {file.name for file in earlier.result.files}
 
 
-def test_the_next_job_finds_it_in_its_directory(store, storage, earlier):  # noqa: F811
+def test_the_next_job_finds_it_in_its_directory(store, storage, earlier):
     follow(store, earlier)
     files = []
 
@@ -77,7 +69,7 @@ def test_the_next_job_finds_it_in_its_directory(store, storage, earlier):  # noq
 
 
 @pytest.mark.parametrize("fault", ["gone", "damaged"])
-def test_statistics_that_are_gone_or_damaged_are_not_there(store, storage, earlier, fault):  # noqa: F811
+def test_statistics_that_are_gone_or_damaged_are_not_there(store, storage, earlier, fault):
     path = stored(storage)["fold-0.safetensors"]
     path.unlink() if fault == "gone" else path.write_bytes(b"other")
     follow(store, earlier)
@@ -88,14 +80,14 @@ def test_statistics_that_are_gone_or_damaged_are_not_there(store, storage, earli
     assert files == [None]
 
 
-def test_a_job_that_is_not_to_keep_statistics_stores_none(store, storage, job):  # noqa: F811
+def test_a_job_that_is_not_to_keep_statistics_stores_none(store, storage, job):
     assert run(store, storage, keeping_build)
 
     assert not FILES.keys() & stored(storage).keys()
     assert store.get("acme", job.id).statistics is None
 
 
-def test_a_job_without_a_base_finds_none(store, storage, job):  # noqa: F811
+def test_a_job_without_a_base_finds_none(store, storage, job):
     files = []
 
     run(store, storage, seen(files))
@@ -103,7 +95,7 @@ def test_a_job_without_a_base_finds_none(store, storage, job):  # noqa: F811
     assert files == [None]
 
 
-def test_a_job_based_on_a_newer_versions_statistics_is_retried_and_ends(store, storage, earlier):  # noqa: F811
+def test_a_job_based_on_a_newer_versions_statistics_is_retried_and_ends(store, storage, earlier):
     waiting = follow(store, earlier)
     settings = SETTINGS.model_copy(update={"max_outage_attempts": 3, "lease_seconds": 0.1})
     error = StatisticsTooNew("based_on: newer")

@@ -5,31 +5,16 @@ from datetime import UTC, datetime
 
 import pytest
 
-from d2lora.database import migrate
 from d2lora.datasets import Dataset
 from d2lora.initializations import InitializationSpec, LoraSpec, State
-from d2lora.settings import DatabaseSettings, WorkerSettings
-from d2lora.storage import LocalStorage, dataset_key, initialization_prefix
-from d2lora.store import Store
+from d2lora.settings import WorkerSettings
+from d2lora.storage import dataset_key, initialization_prefix
 from tests.support.models import tiny_llama, tiny_tokenizer
 from worker.process import RealWork
 from worker.runner import Runner
 
 SETTINGS = WorkerSettings(device="cpu", max_tokens_per_batch=160, lease_seconds=120)
 ADAPTER = "adapter_model.safetensors"
-
-
-@pytest.fixture
-def store(tmp_path):
-    settings = DatabaseSettings(url=f"sqlite:///{tmp_path / 'd2lora.db'}")
-    migrate(settings)
-    with Store(settings) as store:
-        yield store
-
-
-@pytest.fixture
-def storage(tmp_path):
-    return LocalStorage(tmp_path / "objects")
 
 
 @pytest.fixture
